@@ -1,0 +1,75 @@
+"""Brings other people's checkpoints into this project's format, and takes ours to transformers'.
+
+    python convert_weights.py funnel-transformer/small weights/small      # from the hub
+    python convert_weights.py DIR weights/mine                            # transformers, original, or BERT, as it finds
+    python convert_weights.py runs/mine/best out --to huggingface         # for transformers' from_pretrained
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from funnel import checkpoint
+from funnel.checkpoint import Checkpoint
+from funnel.convert import fetch, huggingface, read_source
+from funnel.errors import FunnelError
+from funnel.tokenizer import FunnelTokenizer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a folder with a checkpoint in any known format, or a hub id")
+    parser.add_argument("out", type=Path, help="the folder to write; must not exist")
+    parser.add_argument("--to", choices=("funnel", "huggingface"), default="funnel", help="format to write (%(default)s)")
+    args = parser.parse_args(arguments)
+    try:
+        convert(args.source, args.out, args.to)
+    except FunnelError as error:
+        print(f"convert_weights.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert(name: str, out: Path, to: str = "funnel") -> None:
+    """Converts one checkpoint and prints what was read, left out, made and written.
+
+    Raises:
+        FunnelError: the source cannot be read, or `out` exists or cannot be written; then nothing is written.
+    """
+    if out.exists():
+        raise FunnelError(f"{out}: exists already; name a folder that does not, or remove it")
+    source = read_source(fetch(name))
+    tokenizer = FunnelTokenizer.load(source.folder)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise FunnelError(
+            f"{source.folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"but the model has embeddings for {source.config.vocab_size}; take the tokenizer of these weights"
+        )
+    saved = Checkpoint(source.config, source.weights, source.architecture)
+    count = sum(tensor.numel() for tensor in source.weights.values())
+    print(f"read      {source.folder}: {source.format} format, {source.architecture}, blocks {source.config.layout}")
+    for title, table in (("left out", source.left_out), ("made", source.made)):
+        for reason, names in _by_reason(table).items():
+            print(f"{title:<9} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} ({reason})")
+    if to == "huggingface":
+        checkpoint.write_folder(out, lambda folder: _write_huggingface(folder, saved, tokenizer))
+    else:
+        checkpoint.save(out, saved.config, saved.weights, saved.architecture, extra=tokenizer.save)
+    files = ", ".join(sorted(path.name for path in out.iterdir()))
+    print(f"wrote     {out}: {len(source.weights)} weights, {count:,} parameters ({files})")
+
+
+def _write_huggingface(folder: Path, saved: Checkpoint, tokenizer: FunnelTokenizer) -> None:
+    huggingface.write(folder, saved)
+    tokenizer.save_for_transformers(folder)
+
+
+def _by_reason(table: dict[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in table.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
+if __name__ == "__main__":
+    sys.exit(main())

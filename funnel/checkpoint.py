@@ -1,0 +1,283 @@
+"""A checkpoint folder: config.json, model.safetensors, tokenizer.json. Saving, loading, checking; reading weight files.
+
+Nothing here knows a model's inside: weights are tables of names and tensors. Only safetensors files and pickles that
+hold nothing but tensors are read.
+"""
+
+import math
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from funnel.config import FORMAT, FunnelConfig, read_json, write_json
+from funnel.errors import FunnelError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+BODY = ("embeddings.", "encoder.", "decoder.")  # every other name belongs to a task's head
+
+
+class Checkpoint(NamedTuple):
+    """What a folder holds: the config, the weights by name, and the name of the class that wrote them."""
+
+    config: FunnelConfig
+    weights: dict[str, Tensor]
+    architecture: str
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder is in our format, whole or not."""
+    try:
+        return "format" in read_json(existing(folder) / CONFIG)
+    except FunnelError:
+        return False
+
+
+def load(folder: str | Path) -> Checkpoint:
+    """Reads a checkpoint folder of ours.
+
+    Raises:
+        FunnelError: a file is missing or damaged, the format is another one, or a weight is not finite.
+    """
+    folder = existing(folder)
+    values = read_json(folder / CONFIG)
+    if values.get("format") != FORMAT:
+        raise FunnelError(
+            f"{folder / CONFIG}: no checkpoint of this project (format {values.get('format')!r}, not {FORMAT!r}); "
+            f"bring it in with: python convert_weights.py {folder} OUT"
+        )
+    known = {*FunnelConfig().to_dict(), "format", "model_type", "architectures"}
+    if unknown := sorted(set(values) - known):
+        raise FunnelError(f"{folder / CONFIG}: unknown field {unknown[0]!r}; remove it or correct its name")
+    config = FunnelConfig.from_dict(values, str(folder / CONFIG))
+    weights = read_weights(folder / WEIGHTS)
+    check_finite(weights, str(folder / WEIGHTS))
+    return Checkpoint(config, weights, str((values.get("architectures") or [""])[0]))
+
+
+def save(
+    folder: str | Path,
+    config: FunnelConfig,
+    weights: Mapping[str, Tensor],
+    architecture: str,
+    extra: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a checkpoint folder, whole or not at all.
+
+    Args:
+        folder: is replaced if it exists.
+        architecture: name of the model's class.
+        extra: called with the folder being written, for further files (tokenizer, training state).
+    """
+    values = {"format": FORMAT, "model_type": "funnel", "architectures": [architecture], **config.to_dict()}
+
+    def write(target: Path) -> None:
+        write_json(target / CONFIG, values)
+        save_weights(target / WEIGHTS, weights)
+        if extra is not None:
+            extra(target)
+
+    write_folder(folder, write)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> list[str]:
+    """Copies weights into a model.
+
+    The body must be there and fit; a decoder that the model does not have is left out. A head may be missing or made
+    for another task (other names or shapes): the model's own head then stays as it was drawn.
+
+    Args:
+        source: where the weights come from, for messages.
+
+    Returns:
+        Names of the model's head weights that were not in `weights`, for the caller to mention.
+
+    Raises:
+        FunnelError: a name of the body is missing or left over, or a shape does not fit.
+    """
+    own = model.state_dict()
+    has_decoder = any(name.startswith("decoder.") for name in own)
+    missing = [n for n in own if n.startswith(BODY) and n not in weights]
+    left_over = [
+        n for n in weights if n.startswith(BODY) and n not in own and (has_decoder or not n.startswith("decoder."))
+    ]
+    if missing or left_over:
+        raise FunnelError(f"{source}: weights and config do not fit: {names_text(missing, left_over)}")
+    fresh = []
+    for name, tensor in own.items():
+        if name.startswith(BODY):
+            check_shape(name, weights[name], tensor, source)
+        elif name not in weights or weights[name].shape != tensor.shape:
+            fresh.append(name)
+            continue
+        with torch.no_grad():
+            tensor.copy_(weights[name])
+    return fresh
+
+
+def check_shape(name: str, given: Tensor, expected: Tensor, source: str | Path) -> None:
+    """Raises FunnelError if a weight has not the shape that the config asks for."""
+    if given.shape != expected.shape:
+        raise FunnelError(
+            f"{source}: weight {name} has shape {list(given.shape)}, but the config asks for {list(expected.shape)}"
+        )
+
+
+def names_text(missing: list[str], left_over: list[str], most: int = 3) -> str:
+    """ "missing a, b, c and 5 more; left over d", for an error's line."""
+    parts = []
+    for word, names in (("missing", missing), ("left over", left_over)):
+        if names:
+            more = f" and {len(names) - most} more" if len(names) > most else ""
+            parts.append(f"{word} {', '.join(names[:most])}{more}")
+    return "; ".join(parts)
+
+
+# --- weight files -----------------------------------------------------------------------------------------------------
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file, a pickle of tensors, or the shards that an `.index.json` file names.
+
+    Raises:
+        FunnelError: the file is missing, damaged, or a pickle that holds more than tensors.
+    """
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    if not path.is_file():
+        raise FunnelError(f"{path}: no such file; a checkpoint needs its weights")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FunnelError(
+            f"{path}: damaged or cut-off safetensors file ({_one_line(error)}); copy or download it again"
+        ) from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise FunnelError(
+                f"{path}: this pickle holds more than tensors and could run code, so it is not loaded; "
+                "ask its author for a safetensors file"
+            ) from None
+        raise FunnelError(f"{path}: damaged torch file ({_one_line(error)}); copy or download it again") from None
+    except Exception as error:  # a damaged file can raise anything, from EOFError to a zip reader's RuntimeError
+        raise FunnelError(f"{path}: damaged torch file ({_one_line(error)}); copy or download it again") from None
+    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
+        raise FunnelError(f"{path}: holds no table of tensors by name; give a file with the state dict alone")
+    return {str(name): tensor.contiguous() for name, tensor in values.items()}
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise FunnelError(f"{index}: has no weight_map, a table from weight names to files")
+    weights: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise FunnelError(f"{index}: names the file {name!r}, which is not in its own folder")
+        weights.update(read_weights(index.parent / name))
+    if missing := sorted(set(weight_map) - set(weights)):
+        raise FunnelError(f"{index}: promises weights that its files do not have: {names_text(missing, [])}")
+    return weights
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file. Tensors that share memory are written once each."""
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
+    """Raises FunnelError if a weight is NaN or infinite, naming the first."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum().item()) and not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise FunnelError(
+                f"{source}: weight {name} is not finite in {bad} of {tensor.numel()} places; "
+                "the run that wrote it had diverged: take an earlier checkpoint"
+            )
+
+
+# --- files and folders ------------------------------------------------------------------------------------------------
+
+
+def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
+    """Fills a folder under a temporary name, then puts it in its place: readers find the old folder or the new one.
+
+    The exchange is two renames. If the process dies between them, `existing` finds the old folder beside its place.
+
+    Raises:
+        FunnelError: the folder cannot be written; nothing of it is left behind.
+    """
+    folder = Path(folder)
+    new, old = _sibling(folder, "new"), _sibling(folder, "old")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        write(new)
+        for path in [*new.iterdir(), new]:
+            _sync(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise FunnelError(f"{folder}: cannot be written ({_one_line(error)})") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def existing(folder: str | Path) -> Path:
+    """The folder itself, or the one that an interrupted `write_folder` had moved aside for it.
+
+    Raises:
+        FunnelError: there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        if folder.exists():
+            raise FunnelError(f"{folder}: is a file, not a checkpoint folder")
+        if _sibling(folder, "old").is_dir():
+            return _sibling(folder, "old")
+        raise FunnelError(f"{folder}: no such folder")
+    return folder
+
+
+def _sibling(folder: Path, word: str) -> Path:
+    folder = folder.absolute()
+    return folder.with_name(f".{folder.name}.{word}")
+
+
+def _sync(path: Path) -> None:
+    """Has the disk hold what was written, so that a power cut after the rename loses nothing."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _one_line(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__

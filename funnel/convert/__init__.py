@@ -1,0 +1,71 @@
+"""Other people's checkpoints: one file a format, each with its table of names.
+
+A format's module has `recognises(folder)` and `read(folder) -> Source`; huggingface.py also has `write`. `read_source`
+finds out which format a folder is in, and `fetch` brings a folder from the hub.
+"""
+
+import fnmatch
+
+from pathlib import Path
+
+from funnel import checkpoint
+from funnel.convert import bert, huggingface, original
+from funnel.convert.source import Source
+from funnel.errors import FunnelError
+
+FORMATS = (huggingface, original, bert)
+HUB_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+HUB_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json"), ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+def fetch(source: str) -> Path:
+    """The folder that a name stands for: itself, if it is one, else the hub's repository, downloaded and cached.
+
+    Args:
+        source: a folder, or a hub id such as "funnel-transformer/small".
+
+    Raises:
+        FunnelError: it is neither, or the hub has no such repository or cannot be reached.
+    """
+    if Path(source).exists():
+        return checkpoint.existing(source)
+    parts = source.split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise FunnelError(f"{source}: no such folder, and no hub id (those look like funnel-transformer/small)")
+    import huggingface_hub  # here, because most runs need no hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    by_hand = f"put {', '.join(HUB_FILES)} and model.safetensors into a folder and name that folder instead (--weights DIR)"
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(source)
+        weights = next((p for p in HUB_WEIGHTS if any(fnmatch.fnmatch(f, p[0]) for f in files)), HUB_WEIGHTS[0])
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=[*HUB_FILES, *weights]))
+    except (RepositoryNotFoundError, HFValidationError):
+        raise FunnelError(f"{source}: no such folder here, and no such public repository on the hub") from None
+    except (OSError, RuntimeError, HfHubHTTPError) as error:  # no network, or it broke off
+        try:
+            return Path(huggingface_hub.snapshot_download(source, local_files_only=True))
+        except LocalEntryNotFoundError:
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise FunnelError(f"{source}: config.json and weights cannot be downloaded ({reason}); {by_hand}") from None
+
+
+def read_source(folder: str | Path) -> Source:
+    """Reads a folder in any format that we know, ours included.
+
+    Raises:
+        FunnelError: no format's files are there, or they are damaged or do not fit together.
+    """
+    folder = checkpoint.existing(folder)
+    if checkpoint.is_checkpoint(folder):
+        saved = checkpoint.load(folder)
+        return Source("ours", folder, saved.config, saved.weights, saved.architecture)
+    for format_module in FORMATS:
+        if format_module.recognises(folder):
+            source = format_module.read(folder)
+            checkpoint.check_finite(source.weights, str(folder))
+            return source
+    raise FunnelError(
+        f"{folder}: no checkpoint that we know; it takes config.json with model_type funnel or bert beside "
+        "model.safetensors or pytorch_model.bin (transformers), or net_config.pytorch.json beside model.pt (original)"
+    )

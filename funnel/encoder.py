@@ -1,0 +1,193 @@
+"""The body of the model: embeddings, layer, encoder, decoder.
+
+    input_ids -> FunnelEmbeddings -> FunnelEncoder (blocks, each half as long as the one before) -> [cls] for classifiers
+                                       \\-> upsample + the first block's output -> FunnelDecoder -> a state for every token
+
+Nothing is kept on modules between calls, and no Python branch depends on a tensor's values: the forward compiles to one
+graph, also with dynamic lengths. The task-specific classes are in heads.py.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from funnel import pooling
+from funnel.attention import AttentionInputs, RelativeMultiHeadAttention, sinusoids
+from funnel.config import FunnelConfig
+
+CLS_TOKEN_TYPE = 2
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    """Applies one of `config.ACTIVATIONS`."""
+    if name in ("gelu_new", "gelu"):
+        return F.gelu(x, approximate="tanh" if name == "gelu_new" else "none")
+    return F.relu(x) if name == "relu" else F.silu(x)
+
+
+class FunnelEmbeddings(nn.Module):
+    """Word embeddings, LayerNorm, dropout. Positions and token types enter in the attention. [b, l] -> [b, l, d]."""
+
+    def __init__(self, config: FunnelConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.dropout(self.layer_norm(self.word_embeddings(input_ids)))
+
+
+class FunnelFeedForward(nn.Module):
+    """Two linear layers with an activation between, dropout, residual, LayerNorm. [b, l, d] -> [b, l, d]."""
+
+    def __init__(self, config: FunnelConfig) -> None:
+        super().__init__()
+        self.hidden_act = config.hidden_act
+        self.linear_1 = nn.Linear(config.d_model, config.d_inner)
+        self.linear_2 = nn.Linear(config.d_inner, config.d_model)
+        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
+        self.hidden_dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = self.activation_dropout(activation(self.hidden_act, self.linear_1(hidden)))  # [b, l, d_inner]
+        return self.layer_norm(hidden + self.hidden_dropout(self.linear_2(inner)))
+
+
+class FunnelLayer(nn.Module):
+    """Attention and feed-forward. query [b, q, d], key_value [b, k, d] -> [b, q, d]."""
+
+    def __init__(self, config: FunnelConfig) -> None:
+        super().__init__()
+        self.attention = RelativeMultiHeadAttention(config)
+        self.ffn = FunnelFeedForward(config)
+
+    def forward(self, query: Tensor, key_value: Tensor, inputs: AttentionInputs) -> Tensor:
+        return self.ffn(self.attention(query, key_value, inputs))
+
+
+class AttentionInputsBuilder(nn.Module):
+    """Builds the `AttentionInputs` of every block, from lengths, mask and token types alone.
+
+    Sines and cosines are computed once, over every distance in tokens; a block at stride s reads every s-th. They go
+    through dropout first, as in the paper's code, so that all layers of a step see the same.
+    """
+
+    def __init__(self, config: FunnelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sine_dropout = nn.Dropout(config.hidden_dropout)
+        self.cosine_dropout = nn.Dropout(config.hidden_dropout)
+
+    def distances(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Encodings of the distances from `length` + reach down to -(`length` + reach), [2 (length + reach) + 1, d]."""
+        far = self.reach(length)
+        exact = dtype if dtype == torch.float64 else torch.float32  # angles in bfloat16 would be noise
+        steps = torch.arange(far, -far - 1, -1, device=device).to(exact)
+        sines, cosines = sinusoids(steps, self.config.d_model)
+        return torch.cat([self.sine_dropout(sines), self.cosine_dropout(cosines)], dim=1).to(dtype)
+
+    def reach(self, length: int) -> int:
+        """A bound on the distances that any block of an input of `length` tokens asks for."""
+        return length + 2 * pooling.spacing(len(self.config.block_sizes) - 1)
+
+    def inputs(
+        self,
+        encodings: Tensor,
+        query: tuple[int, Tensor],
+        key: tuple[int, Tensor, Tensor],
+        length: int,
+    ) -> AttentionInputs:
+        """The inputs of a layer whose queries are at one block's positions and whose keys at the same or a former one's.
+
+        Args:
+            encodings: from `distances`.
+            query: block and token types [b, q] of the queries.
+            key: block, token types [b, k] and mask [b, k] of the keys.
+            length: positions of the model's input.
+        """
+        query_block, query_types = query
+        key_block, key_types, key_mask = key
+        queries, keys = query_types.shape[1], key_types.shape[1]
+
+        stride = pooling.spacing(key_block)
+        step = pooling.spacing(query_block) // stride
+        offset = pooling.first_position(query_block, self.config) - pooling.first_position(key_block, self.config)
+        largest = offset + step * stride * (queries - 1)  # the distance from the last query to the first key
+        start = self.reach(length) - largest
+        positions = encodings[start : start + stride * (keys + step * queries) : stride]
+
+        same = query_types.unsqueeze(2) == key_types.unsqueeze(1)
+        if not self.config.separate_cls:  # [cls] is of the same segment as every token
+            same = same | (query_types == CLS_TOKEN_TYPE).unsqueeze(2) | (key_types == CLS_TOKEN_TYPE).unsqueeze(1)
+        return AttentionInputs(key_mask, positions, step, same)
+
+
+class FunnelEncoder(nn.Module):
+    """The blocks.
+
+    Args of forward:
+        hidden: [b, l, d], embeddings.
+        mask: [b, l], true where a token is real.
+        token_type_ids: [b, l].
+
+    Returns:
+        The states after the embeddings and after every run of a layer, first to last, each [b, its block's length, d];
+        the index of the first block's output among them; and the mask of the last block, [b, p].
+    """
+
+    def __init__(self, config: FunnelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.attention_inputs = AttentionInputsBuilder(config)
+        self.blocks = nn.ModuleList(nn.ModuleList(FunnelLayer(config) for _ in range(n)) for n in config.block_sizes)
+
+    def forward(self, hidden: Tensor, mask: Tensor, token_type_ids: Tensor) -> tuple[list[Tensor], Tensor]:
+        config, build = self.config, self.attention_inputs
+        length = hidden.shape[1]
+        encodings = build.distances(length, hidden.dtype, hidden.device)
+        states = [hidden]
+        types = token_type_ids
+        for b, block in enumerate(self.blocks):
+            query = key_value = hidden
+            pooling_inputs = None
+            if b > 0:
+                pooled_mask = pooling.pool_mask(mask, config)
+                pooled_types = pooling.pool_token_types(types, mask, config)
+                query = pooling.pool_hidden(hidden, mask, config)
+                if config.pool_q_only:
+                    pooling_inputs = build.inputs(encodings, (b, pooled_types), (b - 1, types, mask), length)
+                else:
+                    key_value = query
+                mask, types = pooled_mask, pooled_types
+            inputs = build.inputs(encodings, (b, types), (b, types, mask), length)
+            assert isinstance(block, Iterable)
+            for layer in block:
+                for _ in range(config.repeats[b]):
+                    hidden = layer(query, key_value, pooling_inputs or inputs)
+                    states.append(hidden)
+                    query = key_value = hidden
+                    pooling_inputs = None
+        return states, mask
+
+
+class FunnelDecoder(nn.Module):
+    """Layers at full length behind the upsampled encoder. [b, l, d] -> the states after each layer, [b, l, d] each."""
+
+    def __init__(self, config: FunnelConfig) -> None:
+        super().__init__()
+        self.attention_inputs = AttentionInputsBuilder(config)
+        self.layers = nn.ModuleList(FunnelLayer(config) for _ in range(config.num_decoder_layers))
+
+    def forward(self, hidden: Tensor, mask: Tensor, token_type_ids: Tensor) -> list[Tensor]:
+        length = hidden.shape[1]
+        encodings = self.attention_inputs.distances(length, hidden.dtype, hidden.device)
+        inputs = self.attention_inputs.inputs(encodings, (0, token_type_ids), (0, token_type_ids, mask), length)
+        states = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, hidden, inputs)
+            states.append(hidden)
+        return states

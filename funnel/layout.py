@@ -1,0 +1,105 @@
+"""Another layout from the same weights: a plan that says where each new layer comes from, and its execution.
+
+Adding layers by copying others makes a deep network collapse; a new layer that starts as the identity does not. Such a
+layer's two output projections (`post_proj`, the feed-forward's second linear) start at zero and both of its LayerNorms
+start as the LayerNorm that feeds it, so it hands [cls] on almost unchanged (after Net2Net, arXiv 1511.05641, which
+deepens a network without changing its function; post-norm layers make that approximate).
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funnel.config import FunnelConfig
+from funnel.errors import FunnelError
+
+INITS = ("identity", "copy", "random")
+
+
+class LayerPlan(NamedTuple):
+    """Where one layer of the new layout comes from.
+
+    Attributes:
+        block, layer: its place.
+        start: "keep" (an old layer at its own place in the order of runs), "copy", "identity" or "random".
+        source: (block, layer) of the old layer whose weights it takes; None for "random".
+    """
+
+    block: int
+    layer: int
+    start: str
+    source: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        origin = "" if self.source is None else f" of {self.source[0]}.{self.source[1]}"
+        return f"{self.block}.{self.layer} {self.start}{origin}"
+
+
+def make_plan(old: FunnelConfig, new: FunnelConfig, init: str = "identity") -> list[LayerPlan]:
+    """Says for every layer of a new layout which old layer feeds it and how.
+
+    Old blocks keep their layers, in the order in which these run: 3x2 feeds 6 as 0,0,1,1,2,2, and 6 feeds 3x2 as 0,2,4.
+    A layer that the old block does not have starts as `init` says, with the weights of the block's last layer. Layer j
+    of a block that is new starts as `init` says, with the weights of layer j of the last old block. Layers and blocks
+    that the new layout has no place for are dropped from the end.
+
+    Args:
+        init: what new layers start as, one of `INITS`.
+
+    Raises:
+        FunnelError: `init` is none of them.
+    """
+    if init not in INITS:
+        raise FunnelError(f"--init {init!r}: it takes one of {', '.join(INITS)}")
+    plan = []
+    for block, size in enumerate(new.block_sizes):
+        source_block = min(block, len(old.block_sizes) - 1)
+        old_size = old.block_sizes[source_block]
+        for layer in range(size):
+            run = layer * new.repeats[block]
+            source_layer = min(run // old.repeats[source_block], old_size - 1)
+            is_kept = block == source_block and run < old_size * old.repeats[source_block]
+            start = "keep" if is_kept else init
+            source = None if start == "random" else (source_block, source_layer)
+            plan.append(LayerPlan(block, layer, start, source))
+    return plan
+
+
+def apply_plan(
+    weights: Mapping[str, Tensor], plan: list[LayerPlan], fresh: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Turns the weights of one layout into those of another.
+
+    Args:
+        weights: of the old layout, by our names; what is not an encoder block is passed on as it is.
+        plan: from `make_plan`.
+        fresh: freshly drawn weights of the new layout, for random layers.
+
+    Returns:
+        Weights of the new layout. Nothing shares memory with `weights` or between layers.
+    """
+    result = {name: tensor.clone() for name, tensor in weights.items() if not name.startswith("encoder.blocks.")}
+    feeding = "embeddings.layer_norm"  # the LayerNorm whose output the next layer reads
+    for row in plan:
+        target = f"encoder.blocks.{row.block}.{row.layer}."
+        if row.source is None:
+            layer = _layer(fresh, target)
+        else:
+            layer = _layer(weights, f"encoder.blocks.{row.source[0]}.{row.source[1]}.")
+        if row.start == "identity":
+            for name in ("attention.post_proj", "ffn.linear_2"):
+                for part in ("weight", "bias"):
+                    layer[f"{name}.{part}"] = torch.zeros_like(layer[f"{name}.{part}"])
+            for norm in ("attention.layer_norm", "ffn.layer_norm"):
+                for part in ("weight", "bias"):
+                    layer[f"{norm}.{part}"] = result[f"{feeding}.{part}"].clone()
+        result |= {target + name: tensor for name, tensor in layer.items()}
+        feeding = target + "ffn.layer_norm"
+    return result
+
+
+def _layer(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Copies of one layer's weights, by their names within the layer."""
+    return {name.removeprefix(prefix): tensor.clone() for name, tensor in weights.items() if name.startswith(prefix)}
