@@ -6,7 +6,8 @@ the original's and BERT's; both are known by their names.
 """
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,18 +118,40 @@ class FunnelTokenizer:
         if tokens[-1] == "":
             tokens.pop()
         vocabulary = {token.rstrip("\r"): i for i, token in enumerate(tokens)}
-        unknown = next((name for name in SPECIAL["unk"] if name in vocabulary), SPECIAL["unk"][0])
-        tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100))
-        tokenizer.normalizer = BertNormalizer(
+        normalizer = BertNormalizer(
             clean_text=True,
             handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
             strip_accents=settings.get("strip_accents"),
             lowercase=bool(settings.get("do_lower_case", path.name != "vocab.cased.txt")),
         )
+        return cls._wordpiece(vocabulary, normalizer, str(path))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = 8000) -> "FunnelTokenizer":
+        """Makes an uncased WordPiece vocabulary for a model that starts from nothing: the letters, which spell any other
+        word, and the most frequent words that occur five times at least.
+
+        The library's own trainer breaks ties at random, which would make runs of one seed differ.
+        """
+        normalizer, pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text)))
+        letters = sorted({letter for word in counts for letter in word})
+        words = sorted((word for word in counts if counts[word] >= 5), key=lambda word: (-counts[word], word))
+        tokens = [names[0] for names in SPECIAL.values()] + letters + [f"##{letter}" for letter in letters]
+        tokens = list(dict.fromkeys(tokens + words))[:vocab_size]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        return cls._wordpiece(vocabulary, normalizer, "vocabulary of the training texts")
+
+    @classmethod
+    def _wordpiece(cls, vocabulary: dict[str, int], normalizer: BertNormalizer, source: str) -> "FunnelTokenizer":
+        unknown = next((name for name in SPECIAL["unk"] if name in vocabulary), SPECIAL["unk"][0])
+        tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100))
+        tokenizer.normalizer = normalizer
         tokenizer.pre_tokenizer = BertPreTokenizer()
-        names = [name for both in SPECIAL.values() for name in both if name in vocabulary]
-        tokenizer.add_special_tokens(names)
-        return cls(tokenizer, str(path))
+        tokenizer.add_special_tokens([name for names in SPECIAL.values() for name in names if name in vocabulary])
+        return cls(tokenizer, source)
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json into a folder."""

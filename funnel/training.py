@@ -1,0 +1,254 @@
+"""What the loop in train.py needs and its reader need not see: device and dtype, parameter groups, schedule,
+evaluation, the run's folder.
+"""
+
+import ctypes
+import json
+import math
+import random
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from funnel import checkpoint
+from funnel.config import FunnelConfig, write_json
+from funnel.data import Dataset
+from funnel.errors import FunnelError
+from funnel.metrics import METRICS
+from funnel.tokenizer import FunnelTokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the fastest one that is there.
+
+    Raises:
+        FunnelError: the machine does not have it.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        name = next(device for device, is_there in there.items() if is_there)
+    if not there[name]:
+        raise FunnelError(f"--device {name}: PyTorch finds none here; there is {', '.join(d for d in there if there[d])}")
+    return torch.device(name)
+
+
+def choose_dtype(name: str | None, device: torch.device, width: int) -> str:
+    """The number format of that name, or bf16 where that is the faster one and fp32 elsewhere.
+
+    Args:
+        width: of the model. On a CPU, matrices narrower than 256 take longer to cast to bf16 than bf16 saves.
+    """
+    if name is not None:
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        has_bf16 = any(capabilities.get(n) for n in ("amx_bf16", "avx512_bf16", "bf16"))
+        return "bf16" if has_bf16 and width >= 256 else "fp32"
+    return "fp32"
+
+
+def reuse_memory() -> None:
+    """Has the C library keep freed memory for the next step, where it is glibc.
+
+    By default it hands every large block back to the system, which must clear its pages anew at each use: on a small
+    model that costs a tenth of a training step, most of it for the word embeddings' gradient.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    mallopt(m_mmap_threshold, 2**30)
+    mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+    """A context in which matrix products run in `dtype`; weights stay in float32."""
+    return nullcontext() if dtype == "fp32" else torch.autocast(device.type, DTYPES[dtype])
+
+
+def set_seed(seed: int) -> None:
+    """Seeds every random number generator that training draws from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW: matrices with weight decay; biases, r_*_bias and LayerNorms without."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        (plain if name.endswith("bias") or "layer_norm" in name else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def linear_schedule(total: int, warmup: float) -> Callable[[int], float]:
+    """The learning rate's factor by step: from 0 up to 1 over the share `warmup` of all steps, then down to 0."""
+    rise = max(1, math.ceil(total * warmup))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / rise, (total - step) / max(1, total - rise))
+
+    return factor
+
+
+def loss_function(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, the mean over a batch. logits [b, num_labels], labels [b]."""
+    return F.cross_entropy(logits.float(), labels)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, dataset: Dataset, device: torch.device, dtype: str, batch_size: int = 64) -> Tensor:
+    """Logits of every example, in the dataset's order, [examples, num_labels], float32 on the CPU."""
+    was_training = model.training
+    model.eval()
+    logits: Tensor | None = None
+    for index in dataset.evaluation_batches(batch_size):
+        batch = dataset.batch(index).to(device)
+        with autocast(device, dtype):
+            out = model(batch.input_ids, batch.attention_mask, batch.token_type_ids).float().cpu()
+        logits = out.new_empty(len(dataset), out.shape[1]) if logits is None else logits
+        logits[torch.from_numpy(index)] = out
+    model.train(was_training)
+    assert logits is not None, "a dataset has one example at least"
+    return logits
+
+
+def evaluate(
+    model: nn.Module, dataset: Dataset, metrics: tuple[str, ...], device: torch.device, dtype: str
+) -> tuple[dict[str, float], np.ndarray]:
+    """Loss and metrics over a dataset by name, and the predicted label ids."""
+    logits = predict(model, dataset, device, dtype)
+    predictions = logits.argmax(1).numpy()
+    scores = {"loss": float(loss_function(logits, torch.from_numpy(dataset.labels)))}
+    return scores | {name: METRICS[name](predictions, dataset.labels) for name in metrics}, predictions
+
+
+def one_class_warning(predictions: np.ndarray, labels: np.ndarray, config: FunnelConfig) -> str | None:
+    """A sentence for a model that has collapsed to one class while the data has several; None for any other."""
+    if len(np.unique(predictions)) > 1 or len(np.unique(labels)) == 1:
+        return None
+    share = float((labels == predictions[0]).mean())
+    return (
+        f"The model predicts one class only, {config.id2label[int(predictions[0])]!r}, for all {len(labels)} texts; "
+        f"its accuracy is that class's share, {share:.1%}. It has learned nothing: try a lower --lr, more --epochs, "
+        "or --init identity."
+    )
+
+
+def check_loss(loss: float, step: int, lr: float) -> float:
+    """Hands a loss on.
+
+    Raises:
+        FunnelError: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise FunnelError(f"training diverged: the loss at step {step} is {loss}; lower --lr (it was {lr:g})")
+    return loss
+
+
+def random_state() -> dict[str, Any]:
+    """The state of the generators that dropout draws from; they are the only ones used once training has begun."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Puts back what `random_state` gave."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def free_folder(folder: Path) -> Path:
+    """The folder itself, or its name with the first number from 2 up that is not taken."""
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
+class Run:
+    """A run's folder: run.json (the command and settings), metrics.jsonl, best/ and last/.
+
+    Args:
+        folder: must be empty or not there, unless the run is resumed.
+        settings: what the run was asked for; a resumed run must be asked for the same.
+        command: the exact command, for people.
+
+    Raises:
+        FunnelError: the folder holds another run, cannot be written, or (resuming) holds no run or one of other
+            settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], command: str, resume: bool) -> None:
+        self.folder = folder
+        record = folder / "run.json"
+        if resume:
+            found = checkpoint.read_json(record).get("settings", {}) if record.exists() else None
+            if found is None:
+                raise FunnelError(f"--resume: {folder} holds no run; name its folder with --out")
+            if changed := [k for k, v in settings.items() if found.get(k) != v]:
+                raise FunnelError(
+                    f"--resume: {folder} was started with {changed[0]} {found.get(changed[0])!r}, "
+                    f"not {settings[changed[0]]!r}; give the same arguments, or another --out"
+                )
+            return
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FunnelError(f"--out {folder}: holds another run or other files; name another folder, or --resume it")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(record, {"command": command, "settings": dict(settings)})
+        except OSError as error:
+            raise FunnelError(f"--out {folder}: cannot be written ({error.strerror})") from None
+
+    def load_state(self, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The last checkpoint's weights and training state; later lines of metrics.jsonl are dropped.
+
+        Raises:
+            FunnelError: the run stopped before its first checkpoint, or the checkpoint is damaged.
+        """
+        folder = checkpoint.existing(self.folder / "last")
+        weights = checkpoint.load(folder).weights
+        try:
+            state = torch.load(folder / "training_state.pt", map_location=device, weights_only=True)
+        except Exception as error:  # a damaged file can raise anything
+            raise FunnelError(f"{folder / 'training_state.pt'}: damaged ({str(error).splitlines()[0][:120]})") from None
+        log = self.folder / "metrics.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        kept = [line for line in lines if _step_of(line) <= state["step"]]
+        log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        return weights, state
+
+    def log(self, **values: Any) -> None:
+        """Appends a line to metrics.jsonl."""
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def save(self, name: str, model: Any, tokenizer: FunnelTokenizer, state: Mapping[str, Any] | None = None) -> None:
+        """Writes a checkpoint folder, with the training state where one is given."""
+
+        def extra(folder: Path) -> None:
+            tokenizer.save(folder)
+            if state is not None:
+                torch.save(dict(state), folder / "training_state.pt")
+
+        checkpoint.save(self.folder / name, model.config, model.state_dict(), type(model).__name__, extra)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity for a line that was cut off."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

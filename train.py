@@ -1,0 +1,219 @@
+"""Fine-tunes a Funnel-Transformer on a text classification task, in any layout of blocks and layers.
+
+    python train.py --blocks 2,2,2,2,2,2,2                     # the built-in demo task: no downloads
+    python train.py --task sst2 --data DIR --weights funnel-transformer/small --blocks 2,2,2,2,2,2,2
+
+This file is the recipe, top to bottom: copy it and change it. What it calls is in the package `funnel`.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from funnel import layout, training
+from funnel.checkpoint import load_weights
+from funnel.config import FunnelConfig, parse_layout
+from funnel.convert import fetch, read_source
+from funnel.data import Dataset
+from funnel.errors import FunnelError
+from funnel.heads import FunnelForSequenceClassification
+from funnel.tasks import TASKS, Task, get_task
+from funnel.tokenizer import FunnelTokenizer
+
+# What --weights none starts from, before the layout is changed: small enough to learn the demo task on a CPU.
+SMALL = FunnelConfig(block_sizes=(2, 2, 2), num_decoder_layers=0, d_model=128, n_head=4, d_head=32, d_inner=512)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--task", default="demo", help=f"one of {', '.join(TASKS)} (default: %(default)s)")
+    what.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv")
+    what.add_argument("--weights", help="checkpoint folder (any format that convert_weights.py reads), hub id, or none "
+                      "(default: none for the demo task, funnel-transformer/small for the others)")  # fmt: skip
+    what.add_argument("--blocks", help="layers in each block, as in 2,2,2,2 or 6,3x2,3x2 (default: as in the weights)")
+    what.add_argument("--init", choices=layout.INITS, default="identity", help="what layers that the weights do not have "
+                      "start as (default: %(default)s)")  # fmt: skip
+    how = parser.add_argument_group("how to train (the task's defaults are the paper's)")
+    how.add_argument("--epochs", type=float, help="may be a fraction (default: the task's)")
+    how.add_argument("--lr", type=float, help="peak learning rate (default: the task's)")
+    how.add_argument("--batch-size", type=int, help="texts a step (default: the task's)")
+    how.add_argument("--max-length", type=int, help="tokens a text at most (default: the task's)")
+    how.add_argument("--warmup", type=float, default=0.1, help="share of all steps (default: %(default)s, the paper's)")
+    how.add_argument("--weight-decay", type=float, default=0.01, help="(default: %(default)s, the paper's)")
+    how.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    where = parser.add_argument_group("where and with what")
+    where.add_argument("--device", choices=("cpu", "cuda", "mps"), help="(default: the fastest that is there)")
+    where.add_argument("--dtype", choices=tuple(training.DTYPES), help="of matrix products (default: bf16 where the "
+                       "device computes in it, else fp32)")  # fmt: skip
+    where.add_argument("--out", type=Path, help="the run's folder (default: runs/TASK-BLOCKS-seedN, numbered if taken)")
+    where.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
+    where.add_argument("--eval-every", type=int, help="steps between evaluations (default: 4 an epoch)")
+    return parser.parse_args(arguments)
+
+
+def train(args: argparse.Namespace) -> dict[str, float]:
+    """Trains one model and returns the metrics of its best evaluation on dev."""
+    # Settings: what the user asked for, else the task's defaults.
+    task = get_task(args.task)
+    epochs = positive("--epochs", args.epochs, task.epochs)
+    peak_lr = positive("--lr", args.lr, task.learning_rate)
+    batch_size = int(positive("--batch-size", args.batch_size, task.batch_size))
+    max_length = int(positive("--max-length", args.max_length, task.max_length))
+    blocks = None if args.blocks is None else parse_layout(args.blocks)
+    if not 0 <= args.warmup < 1:
+        raise FunnelError(f"--warmup {args.warmup}: it takes a share of all steps, from 0 to below 1")
+    device = training.choose_device(args.device)
+    training.set_seed(args.seed)
+    training.reuse_memory()
+
+    # Data, weights, model.
+    train_examples, dev_examples = task.load(args.data)
+    weights_name = args.weights or ("none" if task.name == "demo" else "funnel-transformer/small")
+    model, tokenizer, origin = start_model(weights_name, task, blocks, args.init, train_examples.texts)
+    train_set = Dataset(train_examples, tokenizer, max_length)
+    dev_set = Dataset(dev_examples, tokenizer, max_length)
+    model.to(device).train()
+    config = model.config
+    dtype = training.choose_dtype(args.dtype, device, config.d_model)
+
+    # Optimizer and schedule: AdamW, linear warm-up and decay (paper, section A.3).
+    steps_per_epoch = -(-len(train_set) // batch_size)
+    total_steps = max(1, round(steps_per_epoch * epochs))
+    groups = training.parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, eps=1e-6, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.linear_schedule(total_steps, args.warmup))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+
+    # The run's folder.
+    out = args.out or training.free_folder(Path("runs") / f"{task.name}-{config.layout}-seed{args.seed}")
+    settings = {
+        **{name: getattr(args, name) for name in ("init", "warmup", "weight_decay", "seed")},
+        **{"task": task.name, "data": args.data and str(args.data), "weights": weights_name, "blocks": config.layout},
+        **{"epochs": epochs, "lr": peak_lr, "batch_size": batch_size, "max_length": max_length, "dtype": dtype},
+    }
+    run = training.Run(out, settings, shlex.join(sys.orig_argv), args.resume)
+    step, best, running = 0, {}, None
+    if args.resume:
+        weights, state = run.load_state(device)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        scaler.load_state_dict(state["scaler"])
+        training.set_random_state(state["random"])
+        step, best, running = state["step"], state["best"], state["running"]
+    eval_every = int(positive("--eval-every", args.eval_every, -(-steps_per_epoch // 4)))
+
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{task.name}: {len(train_set):,} texts to train on, {len(dev_set):,} in dev ({train_set.cut + dev_set.cut} cut "
+          f"at {max_length} tokens)\nmodel: blocks {config.layout}, width {config.d_model}, {parameters:,} parameters, "
+          f"from {origin}\ntraining: {total_steps:,} steps of {batch_size}, lr {peak_lr:g}, {dtype} on {device}, "
+          f"into {out}", flush=True)  # fmt: skip
+
+    started, seen = time.perf_counter(), 0
+    bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+    while step < total_steps:
+        epoch, offset = divmod(step, steps_per_epoch)
+        for index in train_set.training_batches(batch_size, args.seed, epoch)[offset:]:
+            batch = train_set.batch(index).to(device)
+            with training.autocast(device, dtype):
+                logits = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+            loss = training.loss_function(logits, batch.labels)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            lr = schedule.get_last_lr()[0]
+            schedule.step()
+
+            step, seen = step + 1, seen + len(index)
+            running = loss.detach() if running is None else running.lerp(loss.detach(), 0.05)
+            bar.update()
+            if step % 20 == 0 or step == total_steps:
+                mean_loss = training.check_loss(float(running), step, peak_lr)
+                rate = seen / (time.perf_counter() - started)
+                run.log(step=step, split="train", loss=mean_loss, lr=lr, examples_per_second=rate)
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:.0f} texts/s", refresh=False)
+            if step % eval_every == 0 or step == total_steps:
+                scores, predictions = training.evaluate(model, dev_set, task.metrics, device, dtype)
+                run.log(step=step, split="dev", **scores)
+                bar.write(f"step {step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+                if not best or scores[task.metrics[0]] > best[task.metrics[0]]:
+                    best = {"step": step, **scores}
+                    run.save("best", model, tokenizer)
+                state = {"step": step, "best": best, "running": running, "optimizer": optimizer.state_dict()}
+                state |= {"schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
+                run.save("last", model, tokenizer, state | {"random": training.random_state()})
+            if step == total_steps:
+                break
+    bar.close()
+
+    minutes = (time.perf_counter() - started) / 60
+    print(f"best on dev, step {best['step']:,}: " + ", ".join(f"{k} {best[k]:.4f}" for k in task.metrics))
+    print(f"{minutes:.1f} minutes, {seen / minutes / 60:.0f} texts a second; checkpoints and metrics.jsonl in {out}")
+    if warning := training.one_class_warning(predictions, dev_set.labels, config):
+        print(warning)
+    return best
+
+
+def start_model(
+    weights: str, task: Task, blocks: tuple[tuple[int, ...], tuple[int, ...]] | None, init: str, texts: list[str]
+) -> tuple[FunnelForSequenceClassification, FunnelTokenizer, str]:
+    """A classifier of the wanted layout, its tokenizer, and a word on what it starts from."""
+    if weights == "none":
+        tokenizer = FunnelTokenizer.train(texts)
+        start = SMALL.replace(vocab_size=tokenizer.vocab_size)
+        old_weights, origin = FunnelForSequenceClassification(start).state_dict(), "random weights"
+        # Published models draw word embeddings with a deviation of 1 and train for a million steps. Adam moves a weight
+        # by about the learning rate a step, so in a thousand steps only small embeddings get anywhere.
+        old_weights["embeddings.word_embeddings.weight"] *= 0.02
+    else:
+        source = read_source(fetch(weights))
+        tokenizer = FunnelTokenizer.load(source.folder)
+        start, old_weights, origin = source.config, source.weights, weights
+    sizes, repeats = blocks or (start.block_sizes, start.repeats)
+    config = start.replace(
+        block_sizes=sizes,
+        block_repeats=repeats,
+        num_decoder_layers=0,
+        pad_token_id=tokenizer.pad_id,
+        id2label=dict(enumerate(task.labels.values())),
+    )
+    model = FunnelForSequenceClassification(config)
+    plan = layout.make_plan(start, config, init)
+    fresh = load_weights(model, layout.apply_plan(old_weights, plan, model.state_dict()), weights)
+    added = sum(row.start != "keep" for row in plan)
+    origin += f" (blocks {start.layout}; {len(plan) - added} layers kept, {added} new: {init})"
+    return model, tokenizer, origin + (", new classifier" if fresh else "")
+
+
+def positive(flag: str, value: float | None, default: float) -> float:
+    """An argument's value or its default; FunnelError if it is not above 0."""
+    value = default if value is None else value
+    if not 0 < value < float("inf"):
+        raise FunnelError(f"{flag} {value}: it takes a number above 0")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    try:
+        train(args)
+    except FunnelError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train.py: stopped; go on from the last checkpoint with the same command and --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
