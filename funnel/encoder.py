@@ -7,7 +7,7 @@ Nothing is kept on modules between calls, and no Python branch depends on a tens
 graph, also with dynamic lengths. The task-specific classes are in heads.py.
 """
 
-from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -145,13 +145,17 @@ class FunnelEncoder(nn.Module):
         self.attention_inputs = AttentionInputsBuilder(config)
         self.blocks = nn.ModuleList(nn.ModuleList(FunnelLayer(config) for _ in range(n)) for n in config.block_sizes)
 
+    def layers(self, block: int) -> list[FunnelLayer]:
+        """The layers of a block."""
+        return list(cast(nn.ModuleList, self.blocks[block]))  # type: ignore[arg-type]
+
     def forward(self, hidden: Tensor, mask: Tensor, token_type_ids: Tensor) -> tuple[list[Tensor], Tensor]:
         config, build = self.config, self.attention_inputs
         length = hidden.shape[1]
         encodings = build.distances(length, hidden.dtype, hidden.device)
         states = [hidden]
         types = token_type_ids
-        for b, block in enumerate(self.blocks):
+        for b in range(len(self.blocks)):
             query = key_value = hidden
             pooling_inputs = None
             if b > 0:
@@ -164,8 +168,7 @@ class FunnelEncoder(nn.Module):
                     key_value = query
                 mask, types = pooled_mask, pooled_types
             inputs = build.inputs(encodings, (b, types), (b, types, mask), length)
-            assert isinstance(block, Iterable)
-            for layer in block:
+            for layer in self.layers(b):
                 for _ in range(config.repeats[b]):
                     hidden = layer(query, key_value, pooling_inputs or inputs)
                     states.append(hidden)

@@ -3,20 +3,26 @@
 A BERT layer is a Funnel layer without relative positions: the query's bias is r_w_bias, the rest carries over as it is.
 BERT adds position and token-type embeddings to its input; a Funnel has none. What every text has of them is folded into
 the word embeddings: position 0 into [CLS], which stands nowhere else, the mean of the other positions into every other
-word, and token type 0 into all. The parameters of relative positions and token types start at zero: they add nothing to
-the scores until training gives them something to say.
+word, and token type 0 into all.
+
+What the positions did to BERT's attention is measured and given to the relative positions, so that word order counts
+from the first step (`fit_positions`). The parameters of token types start at zero.
 """
 
+import math
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from funnel import checkpoint
+from funnel.attention import RelativeMultiHeadAttention, sinusoids
 from funnel.config import FunnelConfig, read_json
 from funnel.convert.huggingface import CONFIG, WEIGHTS
-from funnel.convert.source import Source, first_file, model_state, rename, require_exactly
+from funnel.convert.source import Source, first_file, model_state, place, rename, require_exactly
 from funnel.errors import FunnelError
+from funnel.heads import FunnelBaseModel
 from funnel.tokenizer import FunnelTokenizer
 
 TABLE = {
@@ -87,28 +93,42 @@ def read(folder: Path) -> Source:
         },
         str(path),
     )
+    flat = config.replace(block_sizes=(values["num_hidden_layers"],))  # one block: BERT as it is
     weights = {_plain(n): t for n, t in checkpoint.read_weights(first_file(folder, WEIGHTS)).items()}
     left_out = {n: why for n in weights for start, why in LEFT_OUT.items() if n.startswith(start)}
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if name not in left_out and name not in FOLDED:
-            ours[rename(name, TABLE, config.block_sizes) or name] = tensor
+            ours[rename(name, TABLE, flat.block_sizes) or name] = tensor
 
-    expected = model_state("FunnelBaseModel", config)
+    expected = model_state("FunnelBaseModel", flat)
     if missing := [n for n in FOLDED if n not in weights]:
         raise FunnelError(f"{folder}: weights and config do not fit: missing {', '.join(missing)}")
-    made = {}
     for name, tensor in expected.items():
         if name.endswith("r_w_bias") and name in ours and ours[name].numel() == tensor.numel():
             ours[name] = ours[name].reshape(tensor.shape)
         elif name.endswith(("r_r_bias", "r_s_bias", "r_kernel", "seg_embed")):
             ours[name] = torch.zeros(tensor.shape)
-            made[name] = "zero: relative positions and token types add nothing until trained"
     require_exactly(ours, expected, folder)
-    words = "embeddings.word_embeddings.weight"
-    ours[words] = _fold(ours[words], weights[FOLDED[0]], weights[FOLDED[1]], FunnelTokenizer.load(folder).cls_id)
-    left_out[FOLDED[0]] = left_out[FOLDED[1]] = "folded into the word embeddings"
-    return Source("BERT", folder, config, ours, "FunnelBaseModel", left_out, made)
+
+    embeddings = [ours["embeddings.word_embeddings.weight"], *(weights[name] for name in FOLDED)]
+    for name, tensor in zip(FOLDED, embeddings[1:], strict=True):
+        if tensor.dim() != 2 or tensor.shape[1] != config.d_model or len(tensor) < 2:
+            raise FunnelError(f"{folder}: weight {name} has shape {list(tensor.shape)}, not [2 or more, {config.d_model}]")
+    cls_id = FunnelTokenizer.load(folder).cls_id
+    ours["embeddings.word_embeddings.weight"] = fold(*embeddings, cls_id)
+    model = FunnelBaseModel(flat).eval()
+    model.load_state_dict(ours)
+    fit_positions(model, *embeddings, cls_id)
+
+    blocks = {
+        re.sub(r"^encoder\.blocks\.0\.(\d+)", lambda m: place(int(m[1]), config.block_sizes), name): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    left_out |= dict.fromkeys(FOLDED, "folded into the word embeddings and the relative positions")
+    made = {n: "zero: token types add nothing until trained" for n in blocks if n.endswith(("r_s_bias", "seg_embed"))}
+    made |= {n: "fitted to the source's position scores" for n in blocks if n.endswith(("r_r_bias", "r_kernel"))}
+    return Source("BERT", folder, config, blocks, "FunnelBaseModel", left_out, made)
 
 
 def _plain(name: str) -> str:
@@ -117,10 +137,72 @@ def _plain(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def _fold(words: Tensor, positions: Tensor, token_types: Tensor, cls_id: int) -> Tensor:
+def fold(words: Tensor, positions: Tensor, token_types: Tensor, cls_id: int) -> Tensor:
+    """Word embeddings with what every text has of position and token-type embeddings. [vocab_size, d_model]."""
     folded = words + positions[1:].mean(0) + token_types[0]
     folded[cls_id] = words[cls_id] + positions[0] + token_types[0]
     return folded
+
+
+@torch.no_grad()
+def fit_positions(model: FunnelBaseModel, words: Tensor, positions: Tensor, token_types: Tensor, cls_id: int) -> None:
+    """Fits r_kernel and r_r_bias of every layer to what position embeddings did to the source's attention scores.
+
+    Random words run through the layers twice: with BERT's position embeddings, and without them but with the relative
+    positions fitted so far. In each layer the difference of the two attention scores, its mean over texts and over all
+    pairs at the same distance, is the target of a least-squares fit on the sines and cosines of that distance. A head's
+    position score is (q + r_r_bias) . r_kernel R: r_kernel is given the direction in which the head's queries vary
+    least, and r_r_bias lies in that direction, large beside that variation, so that the score is nearly the same for all
+    queries.
+
+    Args:
+        model: one block, with the folded word embeddings; its r_kernel and r_r_bias are overwritten.
+        words, positions, token_types: the source's embeddings.
+    """
+    config = model.config
+    length, texts, far = min(64, len(positions)), 48, 512
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (texts, length), generator=generator)
+    ids[:, 0] = cls_id
+    mask, types = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids)
+
+    # Near distances count most: sines no faster than one radian a token cannot follow every step of 1000 distances.
+    distances = torch.arange(far, -far - 1, -1)
+    encodings = torch.cat(sinusoids(distances.float(), config.d_model), dim=1)  # [t, d_model]
+    weighted = encodings / (1 + distances.abs().unsqueeze(1) / 8) ** 2
+    gram = weighted.T @ encodings
+    gram += 1e-4 * gram.diagonal().mean() * torch.eye(config.d_model)
+
+    build = model.encoder.attention_inputs
+    inputs = build.inputs(build.distances(length, words.dtype, words.device), (0, types), (0, types, mask), length)
+    theirs = model.embeddings.layer_norm(words[ids] + positions[:length] + token_types[0])
+    ours = model.embeddings(ids)
+    for layer in model.encoder.layers(0):
+        attention = layer.attention
+        absolute = _content_scores(attention, theirs)
+        theirs = layer(theirs, theirs, inputs)  # before the fit, this is BERT's own layer
+        difference = (absolute - _content_scores(attention, ours)).mean(0)[:, 1:, 1:]  # without [cls]: [h, q, k]
+        difference = difference - difference.mean(2, keepdim=True)  # what all keys have in common changes no weight
+        by_distance = torch.stack([difference.diagonal(-d, 1, 2).mean(1) for d in range(2 - length, length - 1)], dim=1)
+        at = distances.clamp(-(length // 2), length // 2) + length - 2  # beyond, too few pairs to tell: as at the edge
+        target = by_distance[:, at] * math.sqrt(config.d_head)  # [h, t]
+        kernel = torch.linalg.solve(gram, weighted.T @ target.T)  # [d_model, h]
+
+        queries = attention.q_head(ours[:, 1:]).unflatten(-1, (config.n_head, config.d_head)).flatten(0, 1)
+        variance, directions = torch.linalg.eigh(torch.einsum("nhi,nhj->hij", queries, queries) / len(queries))
+        least = directions[:, :, 0]  # [h, d_head]; eigenvalues ascend
+        size = (8 * variance[:, :1].clamp(min=0).sqrt()).clamp(min=0.5)  # [h, 1]
+        attention.r_r_bias.copy_(size * least)
+        attention.r_kernel.copy_(torch.einsum("dh,hi->dhi", kernel, least / size))
+        ours = layer(ours, ours, inputs)
+
+
+def _content_scores(attention: RelativeMultiHeadAttention, hidden: Tensor) -> Tensor:
+    """Scores of queries and keys without positions, [b, h, q, k]."""
+    heads = (attention.n_head, attention.d_head)
+    query = attention.q_head(hidden).unflatten(-1, heads) + attention.r_w_bias
+    key = attention.k_head(hidden).unflatten(-1, heads)
+    return torch.einsum("bqhd,bkhd->bhqk", query, key) * attention.scale
 
 
 def three_blocks(layers: int) -> tuple[int, ...]:
