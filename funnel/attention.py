@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funnel.config import FunnelConfig
+from funnel.dropout import Dropout
 
 
 class AttentionInputs(NamedTuple):
@@ -102,8 +103,8 @@ class RelativeMultiHeadAttention(nn.Module):
         self.seg_embed = nn.Parameter(torch.empty(2, config.n_head, config.d_head))  # different, same segment
         self.post_proj = nn.Linear(width, config.d_model)
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.attention_dropout = nn.Dropout(config.attention_dropout)
-        self.hidden_dropout = nn.Dropout(config.hidden_dropout)
+        self.attention_dropout = Dropout(config.attention_dropout)
+        self.hidden_dropout = Dropout(config.hidden_dropout)
 
     def forward(self, query: Tensor, key_value: Tensor, inputs: AttentionInputs) -> Tensor:
         # Every term has the query in it, so scaling the query (and its biases) scales the scores.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from funnel import pooling
 from funnel.attention import AttentionInputs, RelativeMultiHeadAttention, sinusoids
 from funnel.config import FunnelConfig
+from funnel.dropout import Dropout
 
 CLS_TOKEN_TYPE = 2
 
@@ -34,7 +35,7 @@ class FunnelEmbeddings(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.dropout(self.layer_norm(self.word_embeddings(input_ids)))
@@ -49,8 +50,8 @@ class FunnelFeedForward(nn.Module):
         self.linear_1 = nn.Linear(config.d_model, config.d_inner)
         self.linear_2 = nn.Linear(config.d_inner, config.d_model)
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.activation_dropout = nn.Dropout(config.activation_dropout)
-        self.hidden_dropout = nn.Dropout(config.hidden_dropout)
+        self.activation_dropout = Dropout(config.activation_dropout)
+        self.hidden_dropout = Dropout(config.hidden_dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
         inner = self.activation_dropout(activation(self.hidden_act, self.linear_1(hidden)))  # [b, l, d_inner]
@@ -79,8 +80,8 @@ class AttentionInputsBuilder(nn.Module):
     def __init__(self, config: FunnelConfig) -> None:
         super().__init__()
         self.config = config
-        self.sine_dropout = nn.Dropout(config.hidden_dropout)
-        self.cosine_dropout = nn.Dropout(config.hidden_dropout)
+        self.sine_dropout = Dropout(config.hidden_dropout)
+        self.cosine_dropout = Dropout(config.hidden_dropout)
 
     def distances(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Encodings of the distances from `length` + reach down to -(`length` + reach), [2 (length + reach) + 1, d]."""

@@ -8,6 +8,7 @@ Shapes: b texts, l tokens, p positions of the last block, d = d_model.
 """
 
 import math
+import warnings
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from funnel import checkpoint, pooling
 from funnel.attention import RelativeMultiHeadAttention
 from funnel.config import FunnelConfig
+from funnel.dropout import Dropout
 from funnel.encoder import FunnelDecoder, FunnelEmbeddings, FunnelEncoder, activation
 from funnel.errors import FunnelError
 
@@ -118,7 +120,8 @@ class Funnel(nn.Module):
         """
         saved = checkpoint.load(folder)
         model = cls(saved.config)
-        checkpoint.load_weights(model, saved.weights, str(folder))
+        if fresh := checkpoint.load_weights(model, saved.weights, str(folder)):
+            warnings.warn(f"{folder} has no {fresh[0]} for {cls.__name__}: the head is new and untrained", stacklevel=2)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -155,7 +158,7 @@ class ClassificationHead(nn.Module):
     def __init__(self, config: FunnelConfig, outputs: int) -> None:
         super().__init__()
         self.linear_hidden = nn.Linear(config.d_model, config.d_model)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
         self.linear_out = nn.Linear(config.d_model, outputs)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -231,7 +234,7 @@ class FunnelForTokenClassification(Funnel):
     has_decoder = True
 
     def build_head(self, config: FunnelConfig) -> None:
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
         self.classifier = nn.Linear(config.d_model, config.num_labels)
 
     def forward(

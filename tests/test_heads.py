@@ -1,0 +1,131 @@
+"""The models: calls, dropout, no state, no graph breaks, saving and loading."""
+
+import pytest
+import torch
+from conftest import real_batch, tiny
+
+from funnel.errors import FunnelError
+from funnel.heads import MODELS, FunnelForSequenceClassification, FunnelModel
+
+SHAPES = {
+    "FunnelBaseModel": (3, 4, 16),
+    "FunnelModel": (3, 13, 16),
+    "FunnelForSequenceClassification": (3, 2),
+    "FunnelForMaskedLM": (3, 13, 99),
+    "FunnelForPreTraining": (3, 13),
+    "FunnelForTokenClassification": (3, 13, 2),
+    "FunnelForQuestionAnswering": (3, 13, 2),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_outputs_have_the_documented_shapes(name):
+    model = MODELS[name](tiny())
+    assert model(*real_batch([13, 5, 1])).shape == SHAPES[name]
+
+
+def test_multiple_choice_scores_each_choice():
+    ids, mask, types = (x.view(2, 3, 8) for x in real_batch([8] * 6))
+    model = MODELS["FunnelForMultipleChoice"](tiny()).eval()
+    scores = model(ids, mask, types)
+    assert scores.shape == (2, 3)
+    torch.testing.assert_close(model(ids[:, 1:2], mask[:, 1:2], types[:, 1:2])[:, 0], scores[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((torch.zeros(4, dtype=torch.long),), "input_ids"),
+        ((torch.zeros(2, 0, dtype=torch.long),), "input_ids"),
+        ((torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 4)), "attention_mask"),
+        ((torch.zeros(2, 3, dtype=torch.long), None, torch.zeros(1, 3)), "token_type_ids"),
+    ],
+)
+def test_wrong_shapes_are_errors_that_name_the_argument(arguments, words):
+    with pytest.raises(FunnelError, match=words):
+        FunnelModel(tiny())(*arguments)
+
+
+def test_every_dropout_of_the_paper_is_at_work():
+    batch = real_batch([13, 9])
+    for field in ("hidden_dropout", "attention_dropout", "activation_dropout"):
+        model = FunnelForSequenceClassification(tiny(**{field: 0.5})).train()
+        assert (model(*batch) != model(*batch)).any(), field
+        model.eval()
+        assert torch.equal(model(*batch), model(*batch))
+
+
+def test_sines_and_cosines_are_dropped_out_too():
+    build = FunnelModel(tiny(hidden_dropout=0.5)).train().encoder.attention_inputs
+    encodings = build.distances(64, torch.float32, torch.device("cpu"))
+    cosines = encodings[:, 8:]
+    exact = FunnelModel(tiny()).encoder.attention_inputs.distances(64, torch.float32, torch.device("cpu"))[:, 8:]
+    dropped = cosines == 0
+    assert 0.4 < dropped.float().mean() < 0.6
+    torch.testing.assert_close(cosines[~dropped], 2 * exact[~dropped])
+
+
+def test_the_forward_keeps_nothing_on_modules():
+    model = FunnelModel(tiny()).eval()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    first = model(*real_batch([13]))
+    model(*real_batch([40, 3]))
+    after = {name: dict(vars(module)) for name, module in model.named_modules()}
+    assert before.keys() == after.keys()
+    assert all(before[name].keys() == after[name].keys() for name in before)
+    assert torch.equal(model(*real_batch([13])), first)
+
+
+@pytest.mark.parametrize("changes", [{}, {"separate_cls": False, "truncate_seq": False}, {"pooling_type": "max"}])
+@pytest.mark.parametrize("name", ["FunnelForSequenceClassification", "FunnelForMaskedLM"])
+def test_the_forward_compiles_to_one_graph_for_all_lengths(name, changes):
+    """With fullgraph=True a break is an error. Tracing alone (backend eager): the kernels are PyTorch's business."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = MODELS[name](tiny(**changes)).eval()
+    graphs = 0
+
+    def count(graph, _):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count, fullgraph=True, dynamic=True)
+    for length in (13, 20, 33, 64, 65, 100):
+        batch = real_batch([length, length - 4])
+        torch.testing.assert_close(compiled(*batch), model(*batch))
+    assert graphs == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_loads_as_it_was(name, tmp_path):
+    torch.manual_seed(0)
+    model = MODELS[name](tiny(block_repeats=(1, 2, 1))).eval()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = MODELS[name].from_pretrained(tmp_path / "saved")
+    assert loaded.config == model.config
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+@pytest.mark.filterwarnings("ignore:.*the head is new")
+def test_a_body_fits_every_class(tmp_path):
+    body = FunnelModel(tiny())
+    body.save_pretrained(tmp_path / "body")
+    for name, cls in MODELS.items():
+        loaded = cls.from_pretrained(tmp_path / "body").state_dict()
+        for key, tensor in body.state_dict().items():
+            if key in loaded:
+                assert torch.equal(loaded[key], tensor), (name, key)
+
+
+def test_a_model_with_a_decoder_needs_the_decoders_weights(tmp_path):
+    FunnelForSequenceClassification(tiny()).save_pretrained(tmp_path / "base")
+    with pytest.raises(FunnelError, match=r"missing decoder\.layers"):
+        FunnelModel.from_pretrained(tmp_path / "base")
+
+
+def test_a_head_that_is_not_there_is_new_and_says_so(tmp_path):
+    FunnelModel(tiny()).save_pretrained(tmp_path / "body")
+    with pytest.warns(UserWarning, match="the head is new"):
+        FunnelForSequenceClassification.from_pretrained(tmp_path / "body")
