@@ -1,8 +1,8 @@
 """Brings other people's checkpoints into this project's format, and takes ours to transformers'.
 
-    python convert_weights.py funnel-transformer/small weights/small      # from the hub
-    python convert_weights.py DIR weights/mine                            # transformers, original, or BERT, as it finds
-    python convert_weights.py runs/mine/best out --to huggingface         # for transformers' from_pretrained
+python convert_weights.py funnel-transformer/small weights/small      # from the hub
+python convert_weights.py DIR weights/mine                            # transformers, original, or BERT, as it finds
+python convert_weights.py runs/mine/best out --to huggingface         # for transformers' from_pretrained
 """
 
 import argparse

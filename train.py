@@ -7,6 +7,7 @@ This file is the recipe, top to bottom: copy it and change it. What it calls is 
 """
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -59,6 +60,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Trains one model and returns the metrics of its best evaluation on dev."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise FunnelError("train.py was started in several processes, which it cannot use yet; start it without torchrun")
+    if args.resume and args.out is None:
+        raise FunnelError("--resume: name the run's folder with --out")
     # Settings: what the user asked for, else the task's defaults.
     task = get_task(args.task)
     epochs = positive("--epochs", args.epochs, task.epochs)

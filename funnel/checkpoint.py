@@ -106,9 +106,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     own = model.state_dict()
     has_decoder = any(name.startswith("decoder.") for name in own)
     missing = [n for n in own if n.startswith(BODY) and n not in weights]
-    left_over = [
-        n for n in weights if n.startswith(BODY) and n not in own and (has_decoder or not n.startswith("decoder."))
-    ]
+    left_over = [n for n in weights if n.startswith(BODY) and n not in own and (has_decoder or not n.startswith("decoder."))]
     if missing or left_over:
         raise FunnelError(f"{source}: weights and config do not fit: {names_text(missing, left_over)}")
     fresh = []

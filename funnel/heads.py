@@ -134,9 +134,7 @@ class FunnelBaseModel(Funnel):
 
     has_decoder = False
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         states, _ = self.encode(input_ids, attention_mask, token_type_ids)
         return states[-1]
 
@@ -146,9 +144,7 @@ class FunnelModel(Funnel):
 
     has_decoder = True
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         return self.encode_and_decode(input_ids, attention_mask, token_type_ids)[-1]
 
 
@@ -173,9 +169,7 @@ class FunnelForSequenceClassification(Funnel):
     def build_head(self, config: FunnelConfig) -> None:
         self.classifier = ClassificationHead(config, config.num_labels)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         states, _ = self.encode(input_ids, attention_mask, token_type_ids)
         return self.classifier(states[-1][:, 0])
 
@@ -188,9 +182,7 @@ class FunnelForMultipleChoice(Funnel):
     def build_head(self, config: FunnelConfig) -> None:
         self.classifier = ClassificationHead(config, 1)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         mask = None if attention_mask is None else attention_mask.flatten(0, 1)
         types = None if token_type_ids is None else token_type_ids.flatten(0, 1)
         states, _ = self.encode(input_ids.flatten(0, 1), mask, types)
@@ -205,9 +197,7 @@ class FunnelForMaskedLM(Funnel):
     def build_head(self, config: FunnelConfig) -> None:
         self.lm_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         hidden = self.encode_and_decode(input_ids, attention_mask, token_type_ids)[-1]
         return F.linear(hidden, self.embeddings.word_embeddings.weight, self.lm_bias)
 
@@ -221,9 +211,7 @@ class FunnelForPreTraining(Funnel):
         self.dense = nn.Linear(config.d_model, config.d_model)
         self.dense_prediction = nn.Linear(config.d_model, 1)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         hidden = self.encode_and_decode(input_ids, attention_mask, token_type_ids)[-1]
         return self.dense_prediction(activation(self.config.hidden_act, self.dense(hidden))).squeeze(-1)
 
@@ -237,9 +225,7 @@ class FunnelForTokenClassification(Funnel):
         self.dropout = Dropout(config.hidden_dropout)
         self.classifier = nn.Linear(config.d_model, config.num_labels)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         return self.classifier(self.dropout(self.encode_and_decode(input_ids, attention_mask, token_type_ids)[-1]))
 
 
@@ -251,9 +237,7 @@ class FunnelForQuestionAnswering(Funnel):
     def build_head(self, config: FunnelConfig) -> None:
         self.qa_outputs = nn.Linear(config.d_model, 2)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         return self.qa_outputs(self.encode_and_decode(input_ids, attention_mask, token_type_ids)[-1])
 
 

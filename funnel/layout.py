@@ -67,9 +67,7 @@ def make_plan(old: FunnelConfig, new: FunnelConfig, init: str = "identity") -> l
     return plan
 
 
-def apply_plan(
-    weights: Mapping[str, Tensor], plan: list[LayerPlan], fresh: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def apply_plan(weights: Mapping[str, Tensor], plan: list[LayerPlan], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Turns the weights of one layout into those of another.
 
     Args:

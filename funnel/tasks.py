@@ -46,9 +46,7 @@ class Task:
         if not folder.is_dir():
             raise FunnelError(f"--data {folder}: no such folder; it takes one that has train.tsv and dev.tsv")
         ids = {written: i for i, written in enumerate(self.labels)}
-        train, dev = (
-            read_tsv(folder / name, self.text_columns, self.label_column, ids) for name in ("train.tsv", "dev.tsv")
-        )
+        train, dev = (read_tsv(folder / name, self.text_columns, self.label_column, ids) for name in ("train.tsv", "dev.tsv"))
         return train, dev
 
 

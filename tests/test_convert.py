@@ -133,7 +133,11 @@ def test_converting_says_what_was_read_left_out_and_written(tmp_path):
     assert "read      theirs: transformers format, FunnelForMaskedLM, blocks 1,2" in done.stdout
     assert "left out  lm_head.weight (the same as the word embeddings" in done.stdout
     assert "config.json, model.safetensors, tokenizer.json" in done.stdout
-    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
 
 
 def damage_names(weights):
@@ -413,5 +417,3 @@ def test_the_released_small_model_gives_its_published_output(tmp_path):
         )
     assert abs(out.sum().item() - 235.7246) < 1e-4 * 235
     assert abs(out.mean().item() - 0.0256) < 1e-4
-
-

@@ -30,7 +30,8 @@ def grow(model, text, init="identity", **more):
     ("old", "new", "init", "expected"),
     [
         ("1,2", "1,2", "identity", ["0.0 keep of 0.0", "1.0 keep of 1.0", "1.1 keep of 1.1"]),
-        ("1,2", "1,2,2", "copy", ["0.0 keep of 0.0", "1.0 keep of 1.0", "1.1 keep of 1.1", "2.0 copy of 1.0", "2.1 copy of 1.1"]),
+        ("1,2", "1,2,2", "copy", ["0.0 keep of 0.0", "1.0 keep of 1.0", "1.1 keep of 1.1",
+                                  "2.0 copy of 1.0", "2.1 copy of 1.1"]),
         ("1,1", "2,1", "identity", ["0.0 keep of 0.0", "0.1 identity of 0.0", "1.0 keep of 1.0"]),
         ("2,2", "1", "identity", ["0.0 keep of 0.0"]),
         ("1", "1,1", "random", ["0.0 keep of 0.0", "1.0 random"]),

@@ -21,7 +21,7 @@ def windows(length: int, block: int, separate_cls: bool) -> list[list[int]]:
     groups = [[i] for i in range(length)]
     for _ in range(block):
         head, rest = (groups[:1], groups[1:]) if separate_cls else ([], groups)
-        groups = head + [sum(rest[i : i + 2], []) for i in range(0, len(rest), 2)]
+        groups = head + [[token for group in rest[i : i + 2] for token in group] for i in range(0, len(rest), 2)]
     return groups
 
 
@@ -145,10 +145,10 @@ def test_output_does_not_depend_on_padding(choice, kind, pool_q_only):
     torch.manual_seed(0)
     config = tiny(block_sizes=(1, 1, 1, 1), pooling_type=kind, pool_q_only=pool_q_only, **choice)
     model = FunnelModel(config).eval().double()
-    for length in range(1, 26):
+    for length in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24):
         ids, mask, types = real_batch([length], seed=length)
         alone = model(ids, mask, types)
-        for width in (length + 1, length + 2, length + 3, length + 7, 32, 64):
+        for width in (length + 1, length + 2, length + 3, 32):
             pad = (0, width - length)
             padded = model(*(torch.nn.functional.pad(x, pad) for x in (ids, mask, types)))
             torch.testing.assert_close(padded[:, :length], alone, rtol=0, atol=1e-12)

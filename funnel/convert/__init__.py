@@ -5,7 +5,6 @@ finds out which format a folder is in, and `fetch` brings a folder from the hub.
 """
 
 import fnmatch
-
 from pathlib import Path
 
 from funnel import checkpoint
@@ -15,7 +14,10 @@ from funnel.errors import FunnelError
 
 FORMATS = (huggingface, original, bert)
 HUB_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
-HUB_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json"), ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+HUB_WEIGHTS = (
+    ("model*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+)
 
 
 def fetch(source: str) -> Path:
@@ -33,7 +35,12 @@ def fetch(source: str) -> Path:
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise FunnelError(f"{source}: no such folder, and no hub id (those look like funnel-transformer/small)")
     import huggingface_hub  # here, because most runs need no hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     by_hand = f"put {', '.join(HUB_FILES)} and model.safetensors into a folder and name that folder instead (--weights DIR)"
     try:

@@ -1,0 +1,198 @@
+"""train.py as a user runs it."""
+
+import json
+
+import pytest
+import torch
+from conftest import run_command, tiny
+
+import train
+from funnel import checkpoint, demo
+from funnel.heads import FunnelForSequenceClassification
+from funnel.tokenizer import FunnelTokenizer
+
+QUICK = ("--epochs", "0.03", "--eval-every", "5", "--blocks", "1,1", "--batch-size", "32")
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quick")
+    return run_command("train.py", *QUICK, "--out", "run", cwd=folder), folder
+
+
+def test_a_run_leaves_what_it_promises(run):
+    done, folder = run
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (folder / "run").iterdir()) == ["best", "last", "metrics.jsonl", "run.json"]
+    record = json.loads((folder / "run/run.json").read_text())
+    assert " ".join(QUICK) in record["command"]
+    assert record["settings"]["blocks"] == "1,1"
+    dev = [line for line in lines_of(folder / "run") if line["split"] == "dev"]
+    assert [line["step"] for line in dev] == [5, 10, 15, 20, 22]
+    assert all({"loss", "accuracy", "f1"} <= line.keys() for line in dev)
+    assert any(line["split"] == "train" for line in lines_of(folder / "run"))
+
+
+def test_the_best_checkpoint_is_the_best_evaluation(run):
+    _, folder = run
+    best = max(line["accuracy"] for line in lines_of(folder / "run") if line["split"] == "dev")
+    model = FunnelForSequenceClassification.from_pretrained(folder / "run/best")
+    tokenizer = FunnelTokenizer.load(folder / "run/best")
+    _, dev = demo.examples()
+    right = 0
+    for encoding, label in zip(tokenizer.encode(dev.texts), dev.labels, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([encoding.input_ids]), None, torch.tensor([encoding.token_type_ids]))
+        right += int(logits.argmax() == label)
+    assert right / len(dev.texts) == pytest.approx(best)
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_without_a_terminal_there_is_no_bar_and_the_summary_is_plain(run):
+    done, _ = run
+    assert "\r" not in done.stdout + done.stderr
+    assert "best on dev, step" in done.stdout
+    assert "checkpoints and metrics.jsonl in run" in done.stdout
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(run, tmp_path):
+    _, folder = run
+    stopped = tmp_path / "run"
+
+    class Stop(Exception):
+        pass
+
+    saves = 0
+    original = train.training.Run.save
+
+    def save(self, name, *arguments):
+        nonlocal saves
+        original(self, name, *arguments)
+        saves += name == "last"
+        if saves == 2:
+            raise Stop
+
+    train.training.Run.save = save
+    try:
+        with pytest.raises(Stop):
+            train.main([*QUICK, "--out", str(stopped)])
+    finally:
+        train.training.Run.save = original
+    assert train.main([*QUICK, "--out", str(stopped), "--resume"]) == 0
+    expected, found = checkpoint.load(folder / "run/last").weights, checkpoint.load(stopped / "last").weights
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    def without_clock(lines):
+        return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+
+    assert without_clock(lines_of(stopped)) == without_clock(lines_of(folder / "run"))
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A tiny checkpoint of ours with a vocabulary."""
+    config = tiny(vocab_size=200, id2label={0: "a", 1: "b", 2: "c"})
+    tokenizer = FunnelTokenizer.train(["the film was good"] * 5)
+    torch.manual_seed(0)
+    model = FunnelForSequenceClassification(config)
+    checkpoint.save(tmp_path / "weights", config, model.state_dict(), "FunnelForSequenceClassification", tokenizer.save)
+    return tmp_path / "weights"
+
+
+def sst2(folder, train_rows="a good film\t1\na bad film\t0\n", dev_rows="good\t1\n"):
+    folder.mkdir()
+    (folder / "train.tsv").write_text("sentence\tlabel\n" + train_rows)
+    (folder / "dev.tsv").write_text("sentence\tlabel\n" + dev_rows)
+    return folder
+
+
+def test_weights_are_grown_to_the_layout_that_was_asked_for(weights, tmp_path, capsys):
+    data = sst2(tmp_path / "data")
+    arguments = [
+        "--task",
+        "sst2",
+        "--data",
+        str(data),
+        "--weights",
+        str(weights),
+        "--blocks",
+        "1,2,2,2",
+        "--epochs",
+        "1",
+    ]
+    assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    assert "4 layers kept, 3 new: identity), new classifier" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "run/best").config.layout == "1,2,2,2"
+
+
+def test_a_model_that_sees_one_class_says_so(weights, tmp_path, capsys):
+    data = sst2(tmp_path / "data", "film\t1\n" * 8, "good\t1\nfilm\t0\n")
+    arguments = ["--task", "sst2", "--data", str(data), "--weights", str(weights), "--lr", "1e-2", "--epochs", "5"]
+    assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    assert "predicts one class only, 'positive'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--blocks", "2,,2"], ["--blocks", "2,,2"]),
+        (["--blocks", "0"], ["--blocks"]),
+        (["--blocks", "2,x"], ["--blocks"]),
+        (["--blocks=-1"], ["--blocks"]),
+        (["--task", "sst3"], ["sst3", "sst2"]),
+        (["--task", "sst2"], ["--data"]),
+        (["--task", "sst2", "--data", "none"], ["none", "no such folder"]),
+        (["--task", "sst2", "--data", "empty"], ["train.tsv"]),
+        (["--epochs", "0"], ["--epochs"]),
+        (["--epochs", "nan"], ["--epochs"]),
+        (["--lr", "-1"], ["--lr"]),
+        (["--batch-size", "0"], ["--batch-size"]),
+        (["--max-length", "2"], ["max length 2"]),
+        (["--warmup", "1"], ["--warmup"]),
+        (["--weights", "nowhere"], ["nowhere", "no such folder"]),
+        (["--weights", "empty"], ["empty", "config.json"]),
+        (["--out", "taken"], ["taken", "--resume"]),
+        (["--resume", "--out", "empty"], ["--resume", "holds no run"]),
+        (["--resume"], ["--resume", "--out"]),
+    ],
+)
+def test_mistakes_are_one_line_with_status_2_and_write_nothing(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/note").write_text("mine")
+    assert train.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.err.startswith("train.py: error: ")
+    assert all(word in captured.err for word in words), captured.err
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["empty", "taken", "taken/note"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [("good\t2\n", "line 2: label '2'"), ("good\n", "line 2: 1 fields"), ("", "empty")],
+)
+def test_a_row_with_a_mistake_is_named_before_anything_is_written(rows, words, weights, tmp_path, capsys):
+    data = sst2(tmp_path / "data", dev_rows=rows)
+    arguments = ["--task", "sst2", "--data", str(data), "--weights", str(weights), "--out", str(tmp_path / "run")]
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "dev.tsv" in error
+    assert words in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_network_the_default_weights_are_named_with_the_way_out(tmp_path):
+    sst2(tmp_path / "data")
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    done = run_command("train.py", "--task", "sst2", "--data", "data", cwd=tmp_path, **offline)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "funnel-transformer/small" in done.stderr
+    assert "--weights DIR" in done.stderr
+    assert not (tmp_path / "runs").exists()
