@@ -73,6 +73,10 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     blocks = None if args.blocks is None else parse_layout(args.blocks)
     if not 0 <= args.warmup < 1:
         raise FunnelError(f"--warmup {args.warmup}: it takes a share of all steps, from 0 to below 1")
+    if not 0 <= args.weight_decay < float("inf"):
+        raise FunnelError(f"--weight-decay {args.weight_decay}: it takes a number from 0 up")
+    if not 0 <= args.seed < 2**32:
+        raise FunnelError(f"--seed {args.seed}: it takes a whole number from 0 to 2**32 - 1")
     device = training.choose_device(args.device)
     training.set_seed(args.seed)
     training.reuse_memory()
@@ -97,13 +101,11 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
     # The run's folder.
     out = args.out or training.free_folder(Path("runs") / f"{task.name}-{config.layout}-seed{args.seed}")
-    settings = {
-        **{name: getattr(args, name) for name in ("init", "warmup", "weight_decay", "seed")},
-        **{"task": task.name, "data": args.data and str(args.data), "weights": weights_name, "blocks": config.layout},
-        **{"epochs": epochs, "lr": peak_lr, "batch_size": batch_size, "max_length": max_length, "dtype": dtype},
-    }
+    settings = {name: getattr(args, name) for name in ("init", "warmup", "weight_decay", "seed")}
+    settings |= {"task": task.name, "data": args.data and str(args.data), "weights": weights_name, "blocks": config.layout}
+    settings |= {"epochs": epochs, "lr": peak_lr, "batch_size": batch_size, "max_length": max_length, "dtype": dtype}
     run = training.Run(out, settings, shlex.join(sys.orig_argv), args.resume)
-    step, best, running = 0, {}, None
+    step, best, last, running = 0, {}, {}, None
     if args.resume:
         weights, state = run.load_state(device)
         model.load_state_dict(weights)
@@ -111,7 +113,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         schedule.load_state_dict(state["schedule"])
         scaler.load_state_dict(state["scaler"])
         training.set_random_state(state["random"])
-        step, best, running = state["step"], state["best"], state["running"]
+        step, best, last, running = state["step"], state["best"], state["last"], state["running"]
     eval_every = int(positive("--eval-every", args.eval_every, -(-steps_per_epoch // 4)))
 
     parameters = sum(p.numel() for p in model.parameters())
@@ -120,7 +122,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
           f"from {origin}\ntraining: {total_steps:,} steps of {batch_size}, lr {peak_lr:g}, {dtype} on {device}, "
           f"into {out}", flush=True)  # fmt: skip
 
-    started, seen = time.perf_counter(), 0
+    started, seen, warning = time.perf_counter(), 0, None
     bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
     while step < total_steps:
         epoch, offset = divmod(step, steps_per_epoch)
@@ -149,11 +151,13 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             if step % eval_every == 0 or step == total_steps:
                 scores, predictions = training.evaluate(model, dev_set, task.metrics, device, dtype)
                 run.log(step=step, split="dev", **scores)
-                bar.write(f"step {step:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-                if not best or scores[task.metrics[0]] > best[task.metrics[0]]:
-                    best = {"step": step, **scores}
+                last = {"step": step, **scores}
+                bar.write(describe(last))
+                warning = training.one_class_warning(predictions, dev_set.labels, config)
+                if not best or last[task.metrics[0]] > best[task.metrics[0]]:
+                    best = last
                     run.save("best", model, tokenizer)
-                state = {"step": step, "best": best, "running": running, "optimizer": optimizer.state_dict()}
+                state = {"step": step, "best": best, "last": last, "running": running, "optimizer": optimizer.state_dict()}
                 state |= {"schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
                 run.save("last", model, tokenizer, state | {"random": training.random_state()})
             if step == total_steps:
@@ -161,11 +165,16 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     bar.close()
 
     minutes = (time.perf_counter() - started) / 60
-    print(f"best on dev, step {best['step']:,}: " + ", ".join(f"{k} {best[k]:.4f}" for k in task.metrics))
+    print(f"\nlast on dev: {describe(last)}\nbest on dev: {describe(best)}")
     print(f"{minutes:.1f} minutes, {seen / minutes / 60:.0f} texts a second; checkpoints and metrics.jsonl in {out}")
-    if warning := training.one_class_warning(predictions, dev_set.labels, config):
+    if warning:
         print(warning)
     return best
+
+
+def describe(scores: dict[str, float]) -> str:
+    """An evaluation in a line."""
+    return f"step {scores['step']:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "step")
 
 
 def start_model(
@@ -188,7 +197,6 @@ def start_model(
         block_sizes=sizes,
         block_repeats=repeats,
         num_decoder_layers=0,
-        pad_token_id=tokenizer.pad_id,
         id2label=dict(enumerate(task.labels.values())),
     )
     model = FunnelForSequenceClassification(config)

@@ -66,7 +66,6 @@ class FunnelConfig:
         separate_cls: position 0, [cls], is not pooled.
         truncate_seq: pairs that are not wholly real text are dropped.
         pool_q_only: in the layer that halves, only the query is pooled; key and value keep their length.
-        pad_token_id: the id that batches are padded with.
         id2label: names of a classifier's outputs.
         problem_type: "single_label_classification" or "regression".
 
@@ -92,7 +91,6 @@ class FunnelConfig:
     separate_cls: bool = True
     truncate_seq: bool = True
     pool_q_only: bool = True
-    pad_token_id: int = 0
     id2label: dict[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
     problem_type: str = "single_label_classification"
 
@@ -112,10 +110,8 @@ class FunnelConfig:
             )
         for name in ("vocab_size", "d_model", "n_head", "d_head", "d_inner"):
             self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1 up")
-        for name in ("num_decoder_layers", "pad_token_id"):
-            self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 0, "a whole number from 0 up")
+        self._check("num_decoder_layers", _is_int(self.num_decoder_layers) and self.num_decoder_layers >= 0, "0 or more")
         self._check("d_model", self.d_model % 2 == 0, "an even number (half sines, half cosines)")
-        self._check("pad_token_id", self.pad_token_id < self.vocab_size, f"an id below vocab_size ({self.vocab_size})")
         for name in ("hidden_dropout", "attention_dropout", "activation_dropout"):
             self._check(name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         self._check("layer_norm_eps", _is_number(self.layer_norm_eps) and self.layer_norm_eps > 0, "a number above 0")

@@ -84,7 +84,7 @@ class AttentionInputsBuilder(nn.Module):
         self.cosine_dropout = Dropout(config.hidden_dropout)
 
     def distances(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Encodings of the distances from `length` + reach down to -(`length` + reach), [2 (length + reach) + 1, d]."""
+        """Encodings of the distances from reach(length) down to -reach(length), [2 reach + 1, d]."""
         far = self.reach(length)
         exact = dtype if dtype == torch.float64 else torch.float32  # angles in bfloat16 would be noise
         steps = torch.arange(far, -far - 1, -1, device=device).to(exact)
@@ -137,7 +137,7 @@ class FunnelEncoder(nn.Module):
 
     Returns:
         The states after the embeddings and after every run of a layer, first to last, each [b, its block's length, d];
-        the index of the first block's output among them; and the mask of the last block, [b, p].
+        and the mask of the last block, [b, p].
     """
 
     def __init__(self, config: FunnelConfig) -> None:
@@ -148,7 +148,7 @@ class FunnelEncoder(nn.Module):
 
     def layers(self, block: int) -> list[FunnelLayer]:
         """The layers of a block."""
-        return list(cast(nn.ModuleList, self.blocks[block]))  # type: ignore[arg-type]
+        return [cast(FunnelLayer, layer) for layer in cast(nn.ModuleList, self.blocks[block])]
 
     def forward(self, hidden: Tensor, mask: Tensor, token_type_ids: Tensor) -> tuple[list[Tensor], Tensor]:
         config, build = self.config, self.attention_inputs

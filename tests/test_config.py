@@ -49,7 +49,6 @@ def test_what_is_no_layout_is_an_error_that_names_it(text):
         ("hidden_act", "tanh"),
         ("separate_cls", 1),
         ("num_decoder_layers", -1),
-        ("pad_token_id", 30522),
         ("id2label", {}),
         ("id2label", {1: "a", 2: "b"}),
         ("problem_type", "multi_label"),

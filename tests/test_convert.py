@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import convert_weights
 from funnel import checkpoint
+from funnel.config import FunnelConfig
 from funnel.convert import bert, read_source
 from funnel.convert.huggingface import TABLE
 from funnel.errors import FunnelError
@@ -53,8 +54,12 @@ def test_the_way_to_transformers_and_back_is_bit_exact(cls_name, tmp_path):
     back = checkpoint.load(tmp_path / "back")
     assert back.architecture == cls_name
     assert equal(back.weights, checkpoint.load(tmp_path / "ours").weights)
-    expected = model.config if MODELS[cls_name].has_decoder or cls_name != "FunnelBaseModel" else None
-    assert back.config == (expected or model.config.replace(num_decoder_layers=0, block_repeats=(1, 2, 1)))
+    expected = model.config.replace(block_repeats=model.config.block_repeats)
+    if cls_name == "FunnelBaseModel":  # has no decoder, whatever its config says
+        expected = expected.replace(num_decoder_layers=0)
+    if cls_name == "FunnelForQuestionAnswering":  # transformers keeps no names of labels beside its two outputs
+        expected = expected.replace(id2label=FunnelConfig().id2label)
+    assert back.config == expected
 
 
 @pytest.mark.parametrize("cls_name", [*CLASSES, "FunnelModel"])
@@ -268,8 +273,7 @@ def test_fitted_positions_bring_a_funnel_near_its_source(minilm):
                 weights[name.replace("#", "0")] = torch.zeros_like(tensor) if zero else tensor
             flat.load_state_dict(weights)
             similarity[kind] = torch.cosine_similarity(flat(ids), expected, dim=-1).mean().item()
-    print(similarity)
-    assert similarity["fitted"] > similarity["zero"] + 0.1
+    assert 1 - similarity["fitted"] < 0.7 * (1 - similarity["zero"]), similarity
 
 
 def test_a_bert_with_relative_positions_is_refused(tmp_path):
@@ -343,6 +347,9 @@ def hub(tmp_path):
             name = self.path.rsplit("/", 1)[-1]
             if "funnel-transformer/tiny" not in self.path:
                 return self.send(404, b'{"error": "Repository not found"}', body, {"X-Error-Code": "RepoNotFound"})
+            if "/tree/" in self.path:
+                tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "b" * 40} for p in files.iterdir()]
+                return self.send(200, json.dumps(tree).encode(), body, {"Content-Type": "application/json"})
             if "/api/models/" in self.path:
                 listing = {"id": "funnel-transformer/tiny", "sha": "a" * 40,
                            "siblings": [{"rfilename": p.name} for p in files.iterdir()]}  # fmt: skip

@@ -76,9 +76,16 @@ def test_the_forward_keeps_nothing_on_modules():
     assert torch.equal(model(*real_batch([13])), first)
 
 
-@pytest.mark.parametrize("changes", [{}, {"separate_cls": False, "truncate_seq": False}, {"pooling_type": "max"}])
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({}, 1),
+        ({"pooling_type": "max"}, 1),
+        ({"separate_cls": False, "truncate_seq": False}, 2),  # one for even lengths, one for odd: a partner is made up
+    ],
+)
 @pytest.mark.parametrize("name", ["FunnelForSequenceClassification", "FunnelForMaskedLM"])
-def test_the_forward_compiles_to_one_graph_for_all_lengths(name, changes):
+def test_the_forward_compiles_to_one_graph_for_all_lengths(name, changes, most):
     """With fullgraph=True a break is an error. Tracing alone (backend eager): the kernels are PyTorch's business."""
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -94,7 +101,7 @@ def test_the_forward_compiles_to_one_graph_for_all_lengths(name, changes):
     for length in (13, 20, 33, 64, 65, 100):
         batch = real_batch([length, length - 4])
         torch.testing.assert_close(compiled(*batch), model(*batch))
-    assert graphs == 1
+    assert graphs <= most
 
 
 @pytest.mark.parametrize("name", MODELS)

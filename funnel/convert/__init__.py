@@ -35,21 +35,17 @@ def fetch(source: str) -> Path:
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise FunnelError(f"{source}: no such folder, and no hub id (those look like funnel-transformer/small)")
     import huggingface_hub  # here, because most runs need no hub
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    huggingface_hub.logging.set_verbosity_error()  # what goes wrong is told below, in one line
     by_hand = f"put {', '.join(HUB_FILES)} and model.safetensors into a folder and name that folder instead (--weights DIR)"
     try:
-        files = huggingface_hub.HfApi().list_repo_files(source)
+        files = [f.rfilename for f in huggingface_hub.HfApi().model_info(source, timeout=20).siblings or []]
         weights = next((p for p in HUB_WEIGHTS if any(fnmatch.fnmatch(f, p[0]) for f in files)), HUB_WEIGHTS[0])
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=[*HUB_FILES, *weights]))
     except (RepositoryNotFoundError, HFValidationError):
         raise FunnelError(f"{source}: no such folder here, and no such public repository on the hub") from None
-    except (OSError, RuntimeError, HfHubHTTPError) as error:  # no network, or it broke off
+    except Exception as error:  # no network, or it broke off: whatever the hub library's HTTP client raises
         try:
             return Path(huggingface_hub.snapshot_download(source, local_files_only=True))
         except LocalEntryNotFoundError:

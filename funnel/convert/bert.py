@@ -89,7 +89,6 @@ def read(folder: Path) -> Source:
             "hidden_dropout": values.get("hidden_dropout_prob", 0.1),
             "attention_dropout": values.get("attention_probs_dropout_prob", 0.1),
             "layer_norm_eps": values.get("layer_norm_eps", 1e-12),
-            "pad_token_id": values.get("pad_token_id") or 0,
         },
         str(path),
     )

@@ -79,7 +79,8 @@ def read(folder: Path) -> Source:
         FunnelError: a file is missing or damaged, or the weights do not fit the config.
     """
     values = read_json(folder / CONFIG)
-    config = FunnelConfig.from_dict(values, str(folder / CONFIG))
+    given = {name: value for name, value in values.items() if value is not None}  # null stands for the default
+    config = FunnelConfig.from_dict(given, str(folder / CONFIG))
     weights = checkpoint.read_weights(first_file(folder, WEIGHTS))
     left_out = {}
     ours: dict[str, Tensor] = {}
@@ -105,7 +106,8 @@ def _architecture(values: dict[str, Any], weights: dict[str, Tensor], config: Fu
     has_decoder = any(name.startswith("decoder.") for name in weights)
     for name in [*candidates, *MODELS]:
         state = model_state(name, config)
-        if {n for n in state if not n.startswith(BODY)} == heads and MODELS[name].has_decoder == has_decoder:
+        decoder_fits = MODELS[name].has_decoder == has_decoder or not config.num_decoder_layers
+        if {n for n in state if not n.startswith(BODY)} == heads and decoder_fits:
             return name
     return declared if declared in MODELS else ("FunnelModel" if has_decoder else "FunnelBaseModel")
 
@@ -117,7 +119,10 @@ def write(folder: Path, saved: Checkpoint) -> None:
         folder: exists, and is written into (the caller sees to it that it appears whole).
     """
     bare = saved.architecture in ("FunnelModel", "FunnelBaseModel")
-    values = {"model_type": "funnel", "architectures": [saved.architecture], **saved.config.to_dict()}
+    config = saved.config
+    if saved.architecture == "FunnelForQuestionAnswering":  # transformers makes as many outputs as there are labels
+        config = config.replace(id2label={0: "LABEL_0", 1: "LABEL_1"}, block_repeats=config.repeats)
+    values = {"model_type": "funnel", "architectures": [saved.architecture], **config.to_dict()}
     weights = {}
     for name, tensor in saved.weights.items():
         theirs = rename(name, BACK)

@@ -69,12 +69,12 @@ def pair(cls_name: str, folder, seed: int = 0, **options):
 
 
 def batch_for(config, padded: bool) -> tuple[torch.Tensor, ...]:
-    """A batch at a width where transformers keeps the contract. Padded texts end within the width's last window, where
-    even the decoder has no pooled position of mixed padding to read."""
-    n = len(config.block_sizes)
-    width = max(2**n, 2 ** (n - 1) * math.ceil(24 / 2 ** (n - 1)))
-    lengths = [width, width - min(2 ** (n - 1) - 1, 3), width - 1] if padded and n > 1 else [width, width]
-    return real_batch(lengths, width)
+    """A batch at a width where transformers keeps the contract. Padded texts end where no pooled position is part text,
+    part padding: such ones are masked out on both sides, but transformers' decoder reads them."""
+    window = 2 ** (len(config.block_sizes) - 1)
+    width = max(2 * window, window * math.ceil(24 / window))
+    lengths = [width, width - min(window - 1, 3), width - 1] if config.separate_cls else [width, width - window]
+    return real_batch(lengths if padded and window > 1 else [width, width], width)
 
 
 def call(model, batch, **more):
@@ -134,8 +134,10 @@ def test_the_gradient_of_every_parameter_agrees(options, cls_name, tmp_path):
             theirs[name] = parameter.grad
     ours_by_name = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
     assert set(ours_by_name) == set(theirs)
+    # A gradient that is zero but for rounding (k_head.bias adds the same to all keys) is held against the largest one.
+    largest = max(g.abs().max().item() for g in theirs.values())
     for name, gradient in ours_by_name.items():
-        scale = max(theirs[name].abs().max().item(), 1e-3)
+        scale = max(theirs[name].abs().max().item(), 1e-3 * largest)
         assert (gradient - theirs[name]).abs().max().item() <= 2e-4 * scale, name
 
 
@@ -151,7 +153,7 @@ def test_the_gradient_of_every_parameter_agrees(options, cls_name, tmp_path):
 )
 @pytest.mark.parametrize("options", [{}, {"block_sizes": [1] * 5}, {"separate_cls": False}], ids=name_of)
 def test_logits_of_every_head_agree(cls_name, fields, options, tmp_path):
-    peer, ours = pair(cls_name, tmp_path, num_labels=3, **options)
+    peer, ours = pair(cls_name, tmp_path, num_labels=2 if cls_name == "FunnelForQuestionAnswering" else 3, **options)
     batch = batch_for(ours.config, padded=True)
     with torch.no_grad():
         theirs, found = call(peer, batch), ours(*batch)
