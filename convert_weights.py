@@ -39,12 +39,7 @@ def convert(name: str, out: Path, to: str = "funnel") -> None:
     if out.exists():
         raise FunnelError(f"{out}: exists already; name a folder that does not, or remove it")
     source = read_source(fetch(name))
-    tokenizer = FunnelTokenizer.load(source.folder)
-    if tokenizer.vocab_size > source.config.vocab_size:
-        raise FunnelError(
-            f"{source.folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
-            f"but the model has embeddings for {source.config.vocab_size}; take the tokenizer of these weights"
-        )
+    tokenizer = FunnelTokenizer.load(source.folder).fitting(source.config.vocab_size, source.folder)
     saved = Checkpoint(source.config, source.weights, source.architecture)
     count = sum(tensor.numel() for tensor in source.weights.values())
     print(f"read      {source.folder}: {source.format} format, {source.architecture}, blocks {source.config.layout}")

@@ -190,7 +190,7 @@ def start_model(
         old_weights["embeddings.word_embeddings.weight"] *= 0.02
     else:
         source = read_source(fetch(weights))
-        tokenizer = FunnelTokenizer.load(source.folder)
+        tokenizer = FunnelTokenizer.load(source.folder).fitting(source.config.vocab_size, source.folder)
         start, old_weights, origin = source.config, source.weights, weights
     sizes, repeats = blocks or (start.block_sizes, start.repeats)
     config = start.replace(

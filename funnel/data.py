@@ -29,19 +29,16 @@ class Batch(NamedTuple):
     Attributes:
         input_ids, attention_mask, token_type_ids: [b, l], int64.
         labels: [b], int64.
-        index: the batch's rows in the dataset, [b].
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     token_type_ids: Tensor
     labels: Tensor
-    index: np.ndarray
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        moved = [t.to(device, non_blocking=True) for t in self[:4]]
-        return Batch(*moved, index=self.index)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def read_tsv(path: Path, text_columns: Sequence[str], label_column: str, labels: Mapping[str, int]) -> Examples:
@@ -134,8 +131,7 @@ class Dataset:
             ids[row, : end - start] = self._ids[start:end]
             types[row, : end - start] = self._types[start:end]
             mask[row, : end - start] = 1
-        arrays = (ids, mask, types, self.labels[index])
-        return Batch(*(torch.from_numpy(a) for a in arrays), index=index)
+        return Batch(*(torch.from_numpy(array) for array in (ids, mask, types, self.labels[index])))
 
     def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """The batches of one epoch, as rows: shuffled, with texts of about one length together.

@@ -54,11 +54,10 @@ class FunnelTokenizer:
         self.names: dict[str, str] = {}
         self.ids: dict[str, int] = {}
         for role, names in SPECIAL.items():
-            found = [name for name in names if tokenizer.token_to_id(name) is not None]
+            found = {name: i for name in names if (i := tokenizer.token_to_id(name)) is not None}
             if not found:
                 raise FunnelError(f"{source}: the vocabulary has no {' or '.join(names)}; is it a WordPiece vocabulary?")
-            self.names[role] = found[0]
-            self.ids[role] = int(tokenizer.token_to_id(found[0]))
+            self.names[role], self.ids[role] = next(iter(found.items()))
         cls, sep = self.names["cls"], self.names["sep"]
         tokenizer.post_processor = TemplateProcessing(
             single=f"{cls}:2 $A:0 {sep}:0",
@@ -80,6 +79,19 @@ class FunnelTokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def fitting(self, vocab_size: int, source: str | Path) -> "FunnelTokenizer":
+        """Itself, if a model with so many word embeddings has one for every token.
+
+        Raises:
+            FunnelError: the tokenizer belongs to another model.
+        """
+        if self.vocab_size > vocab_size:
+            raise FunnelError(
+                f"{source}: the tokenizer has {self.vocab_size} tokens, but the model has embeddings for {vocab_size}; "
+                "take the tokenizer that these weights were trained with"
+            )
+        return self
 
     @classmethod
     def load(cls, folder: str | Path) -> "FunnelTokenizer":

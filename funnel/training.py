@@ -51,7 +51,7 @@ def choose_dtype(name: str | None, device: torch.device, width: int) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         has_bf16 = any(capabilities.get(n) for n in ("amx_bf16", "avx512_bf16", "bf16"))
         return "bf16" if has_bf16 and width >= 256 else "fp32"
     return "fp32"
@@ -86,7 +86,8 @@ def set_seed(seed: int) -> None:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups for AdamW: matrices with weight decay; biases, r_*_bias and LayerNorms without."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (plain if name.endswith("bias") or "layer_norm" in name else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

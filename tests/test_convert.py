@@ -284,6 +284,22 @@ def test_a_bert_with_relative_positions_is_refused(tmp_path):
         read_source(tmp_path / "bert")
 
 
+def test_a_bert_that_is_not_finite_is_named(tmp_path):
+    bert_folder(tmp_path / "bert")
+    weights = load_file(tmp_path / "bert/model.safetensors")
+    weights["encoder.layer.0.output.dense.bias"][0] = torch.nan
+    save_file(weights, tmp_path / "bert/model.safetensors")
+    with pytest.raises(FunnelError, match=r"encoder\.layer\.0\.output\.dense\.bias is not finite"):
+        read_source(tmp_path / "bert")
+
+
+def test_a_bert_in_half_precision_is_read(tmp_path):
+    bert_folder(tmp_path / "bert")
+    weights = load_file(tmp_path / "bert/model.safetensors")
+    save_file({n: t.half() if t.is_floating_point() else t for n, t in weights.items()}, tmp_path / "bert/model.safetensors")
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in read_source(tmp_path / "bert").weights.values())
+
+
 def test_old_names_of_layer_norm_are_known(tmp_path):
     bert_folder(tmp_path / "bert")
     expected = read_source(tmp_path / "bert").weights

@@ -93,7 +93,9 @@ def read(folder: Path) -> Source:
         str(path),
     )
     flat = config.replace(block_sizes=(values["num_hidden_layers"],))  # one block: BERT as it is
-    weights = {_plain(n): t for n, t in checkpoint.read_weights(first_file(folder, WEIGHTS)).items()}
+    read_weights = checkpoint.read_weights(first_file(folder, WEIGHTS))
+    checkpoint.check_finite(read_weights, str(folder))
+    weights = {_plain(n): t.float() for n, t in read_weights.items()}  # the fit below needs more than half precision
     left_out = {n: why for n in weights for start, why in LEFT_OUT.items() if n.startswith(start)}
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -110,15 +112,16 @@ def read(folder: Path) -> Source:
             ours[name] = torch.zeros(tensor.shape)
     require_exactly(ours, expected, folder)
 
-    embeddings = [ours["embeddings.word_embeddings.weight"], *(weights[name] for name in FOLDED)]
-    for name, tensor in zip(FOLDED, embeddings[1:], strict=True):
+    words = ours["embeddings.word_embeddings.weight"]
+    positions, token_types = (weights[name] for name in FOLDED)
+    for name, tensor in zip(FOLDED, (positions, token_types), strict=True):
         if tensor.dim() != 2 or tensor.shape[1] != config.d_model or len(tensor) < 2:
             raise FunnelError(f"{folder}: weight {name} has shape {list(tensor.shape)}, not [2 or more, {config.d_model}]")
-    cls_id = FunnelTokenizer.load(folder).cls_id
-    ours["embeddings.word_embeddings.weight"] = fold(*embeddings, cls_id)
+    cls_id = FunnelTokenizer.load(folder).fitting(len(words), folder).cls_id
+    ours["embeddings.word_embeddings.weight"] = fold(words, positions, token_types, cls_id)
     model = FunnelBaseModel(flat).eval()
     model.load_state_dict(ours)
-    fit_positions(model, *embeddings, cls_id)
+    fit_positions(model, words, positions, token_types, cls_id)
 
     blocks = {
         re.sub(r"^encoder\.blocks\.0\.(\d+)", lambda m: place(int(m[1]), config.block_sizes), name): tensor
