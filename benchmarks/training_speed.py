@@ -135,8 +135,9 @@ def recipe(data: Path | None, weights: str, rounds: int) -> None:
                 folder, num_train_epochs=1, per_device_train_batch_size=32, learning_rate=1e-5, report_to=[],
                 save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True,
             )  # fmt: skip
-            done = transformers.Trainer(model=theirs, args=settings, train_dataset=padded).train()
-            return float(done.metrics["train_samples_per_second"])
+            trainer = transformers.Trainer(model=theirs, args=settings, train_dataset=padded)
+            trainer.remove_callback(transformers.PrinterCallback)
+            return float(trainer.train().metrics["train_samples_per_second"])
 
     mine, peers = alternate(rounds, ours, usual)
     ratio = statistics.median(mine) / statistics.median(peers)
@@ -147,6 +148,12 @@ def recipe(data: Path | None, weights: str, rounds: int) -> None:
         peers,
         ratio,
     )
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as PyTorch or Python can tell."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
 
 
 def report(title: str, unit: str, ours: list[float], theirs: list[float], ratio: float) -> None:
@@ -162,7 +169,7 @@ def main() -> None:
     parser.add_argument("--weights", default="none", help="as train.py takes them")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(f"{cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}")
     step(args.rounds) if args.what == "step" else recipe(args.data, args.weights, args.rounds)
 
 

@@ -136,3 +136,11 @@ def test_a_head_that_is_not_there_is_new_and_says_so(tmp_path):
     FunnelModel(tiny()).save_pretrained(tmp_path / "body")
     with pytest.warns(UserWarning, match="the head is new"):
         FunnelForSequenceClassification.from_pretrained(tmp_path / "body")
+
+
+def test_position_0_counts_whatever_the_mask_says():
+    model = FunnelForSequenceClassification(tiny()).eval()
+    ids, mask, types = real_batch([9, 4])
+    without = mask.clone()
+    without[:, 0] = 0
+    assert torch.equal(model(ids, without, types), model(ids, mask, types))
