@@ -25,8 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         convert(args.source, args.out, args.to)
     except FunnelError as error:
-        print(f"convert_weights.py: error: {error}", file=sys.stderr)
+        print(f"convert_weights.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("convert_weights.py: stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

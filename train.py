@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--blocks", help="layers in each block, as in 2,2,2,2 or 6,3x2,3x2 (default: as in the weights)")
     what.add_argument("--init", choices=layout.INITS, default="identity", help="what layers that the weights do not have "
                       "start as (default: %(default)s)")  # fmt: skip
-    how = parser.add_argument_group("how to train (the task's defaults are the paper's)")
+    how = parser.add_argument_group("how to train (the task's defaults: the paper's; learning rates: the authors' advice)")
     how.add_argument("--epochs", type=float, help="may be a fraction (default: the task's)")
     how.add_argument("--lr", type=float, help="peak learning rate (default: the task's)")
     how.add_argument("--batch-size", type=int, help="texts a step (default: the task's)")
@@ -60,14 +60,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Trains one model and returns the metrics of its best evaluation on dev."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise FunnelError("train.py was started in several processes, which it cannot use yet; start it without torchrun")
     if args.resume and args.out is None:
         raise FunnelError("--resume: name the run's folder with --out")
     # Settings: what the user asked for, else the task's defaults.
     task = get_task(args.task)
-    epochs = positive("--epochs", args.epochs, task.epochs)
-    peak_lr = positive("--lr", args.lr, task.learning_rate)
+    epochs = positive("--epochs", args.epochs, task.epochs, below=1e6)
+    peak_lr = positive("--lr", args.lr, task.learning_rate, below=1e3)
+    eval_every = None if args.eval_every is None else int(positive("--eval-every", args.eval_every, 0))
     batch_size = int(positive("--batch-size", args.batch_size, task.batch_size))
     max_length = int(positive("--max-length", args.max_length, task.max_length))
     blocks = None if args.blocks is None else parse_layout(args.blocks)
@@ -83,7 +84,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
     # Data, weights, model.
     train_examples, dev_examples = task.load(args.data)
-    weights_name = args.weights or ("none" if task.name == "demo" else "funnel-transformer/small")
+    weights_name = args.weights if args.weights is not None else ("none" if task.name == "demo" else "funnel-transformer/small")
     model, tokenizer, origin = start_model(weights_name, task, blocks, args.init, train_examples.texts)
     train_set = Dataset(train_examples, tokenizer, max_length)
     dev_set = Dataset(dev_examples, tokenizer, max_length)
@@ -103,18 +104,22 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     out = args.out or training.free_folder(Path("runs") / f"{task.name}-{config.layout}-seed{args.seed}")
     settings = {name: getattr(args, name) for name in ("init", "warmup", "weight_decay", "seed")}
     settings |= {"task": task.name, "data": args.data and str(args.data), "weights": weights_name, "blocks": config.layout}
+    settings |= {"train_texts": len(train_set), "dev_texts": len(dev_set), "steps": total_steps}
     settings |= {"epochs": epochs, "lr": peak_lr, "batch_size": batch_size, "max_length": max_length, "dtype": dtype}
     run = training.Run(out, settings, shlex.join(sys.orig_argv), args.resume)
     step, best, last, running = 0, {}, {}, None
     if args.resume:
-        weights, state = run.load_state(device)
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(state["optimizer"])
+        state = run.load_state(model, device)
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise FunnelError(f"--resume: {out}/last is another run's ({error}); start the run again") from None
         schedule.load_state_dict(state["schedule"])
         scaler.load_state_dict(state["scaler"])
         training.set_random_state(state["random"])
         step, best, last, running = state["step"], state["best"], state["last"], state["running"]
-    eval_every = int(positive("--eval-every", args.eval_every, -(-steps_per_epoch // 4)))
+        run.forget_after(step)
+    eval_every = eval_every or -(-steps_per_epoch // 4)
 
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{task.name}: {len(train_set):,} texts to train on, {len(dev_set):,} in dev ({train_set.cut + dev_set.cut} cut "
@@ -143,12 +148,13 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             step, seen = step + 1, seen + len(index)
             running = loss.detach() if running is None else running.lerp(loss.detach(), 0.05)
             bar.update()
-            if step % 20 == 0 or step == total_steps:
+            is_evaluated = step % eval_every == 0 or step == total_steps
+            if step % 20 == 0 or is_evaluated:
                 mean_loss = training.check_loss(float(running), step, peak_lr)
                 rate = seen / (time.perf_counter() - started)
                 run.log(step=step, split="train", loss=mean_loss, lr=lr, examples_per_second=rate)
                 bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:.0f} texts/s", refresh=False)
-            if step % eval_every == 0 or step == total_steps:
+            if is_evaluated:
                 scores, predictions = training.evaluate(model, dev_set, task.metrics, device, dtype)
                 run.log(step=step, split="dev", **scores)
                 last = {"step": step, **scores}
@@ -164,6 +170,8 @@ def train(args: argparse.Namespace) -> dict[str, float]:
                 break
     bar.close()
 
+    if not seen:
+        print("nothing left to do: the run was at its last step")
     minutes = (time.perf_counter() - started) / 60
     print(f"\nlast on dev: {describe(last)}\nbest on dev: {describe(best)}")
     print(f"{minutes:.1f} minutes, {seen / minutes / 60:.0f} texts a second; checkpoints and metrics.jsonl in {out}")
@@ -207,11 +215,11 @@ def start_model(
     return model, tokenizer, origin + (", new classifier" if fresh else "")
 
 
-def positive(flag: str, value: float | None, default: float) -> float:
-    """An argument's value or its default; FunnelError if it is not above 0."""
+def positive(flag: str, value: float | None, default: float, below: float = float("inf")) -> float:
+    """An argument's value or its default; FunnelError if it is not above 0 and below a bound."""
     value = default if value is None else value
-    if not 0 < value < float("inf"):
-        raise FunnelError(f"{flag} {value}: it takes a number above 0")
+    if not 0 < value < below:
+        raise FunnelError(f"{flag} {value}: it takes a number above 0" + (f" and below {below:g}" if below < 1e9 else ""))
     return value
 
 
@@ -220,10 +228,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         train(args)
     except FunnelError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train.py: stopped; go on from the last checkpoint with the same command and --resume", file=sys.stderr)
+        print("train.py: stopped; --resume with --out FOLDER goes on from the run's last checkpoint", file=sys.stderr)
         return 130
     return 0
 

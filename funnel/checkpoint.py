@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,8 @@ from funnel.config import FORMAT, FunnelConfig, read_json, write_json
 from funnel.errors import FunnelError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATS_TEXT = "float32, float16, bfloat16 or float64"
 BODY = ("embeddings.", "encoder.", "decoder.")  # every other name belongs to a task's head
 
 
@@ -60,7 +62,13 @@ def load(folder: str | Path) -> Checkpoint:
     config = FunnelConfig.from_dict(values, str(folder / CONFIG))
     weights = read_weights(folder / WEIGHTS)
     check_finite(weights, str(folder / WEIGHTS))
-    return Checkpoint(config, weights, str((values.get("architectures") or [""])[0]))
+    return Checkpoint(config, weights, architecture(values))
+
+
+def architecture(values: Mapping[str, Any]) -> str:
+    """The first of a config's `architectures`, or nothing."""
+    names = values.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
 
 
 def save(
@@ -161,7 +169,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise FunnelError(
-            f"{path}: damaged or cut-off safetensors file ({_one_line(error)}); copy or download it again"
+            f"{path}: damaged or cut-off safetensors file ({one_line(error)}); copy or download it again"
         ) from None
 
 
@@ -171,17 +179,17 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             raise FunnelError(
                 f"{path}: this pickle holds more than tensors and could run code, so it is not loaded; "
                 "ask its author for a safetensors file"
             ) from None
-        raise FunnelError(f"{path}: damaged torch file ({_one_line(error)}); copy or download it again") from None
+        raise FunnelError(f"{path}: damaged torch file ({one_line(error)}); copy or download it again") from None
     except Exception as error:  # a damaged file can raise anything, from EOFError to a zip reader's RuntimeError
-        raise FunnelError(f"{path}: damaged torch file ({_one_line(error)}); copy or download it again") from None
+        raise FunnelError(f"{path}: damaged torch file ({one_line(error)}); copy or download it again") from None
     if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
         raise FunnelError(f"{path}: holds no table of tensors by name; give a file with the state dict alone")
-    return {str(name): tensor.contiguous() for name, tensor in values.items()}
+    return {str(name): tensor for name, tensor in values.items()}
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -205,9 +213,13 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
-    """Raises FunnelError if a weight is NaN or infinite, naming the first."""
+    """Raises FunnelError if a weight is no plain floating-point tensor, or NaN or infinite somewhere, naming the first."""
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not math.isfinite(tensor.sum().item()) and not tensor.isfinite().all():
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+            if name.endswith("position_ids"):  # a count that old BERT files carry along
+                continue
+            raise FunnelError(f"{source}: weight {name} is {tensor.dtype} ({tensor.layout}); weights are dense {FLOATS_TEXT}")
+        if not math.isfinite(tensor.sum().item()) and not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())
             raise FunnelError(
                 f"{source}: weight {name} is not finite in {bad} of {tensor.numel()} places; "
@@ -229,8 +241,9 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
     folder = Path(folder)
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
+        new.mkdir()
         write(new)
         for path in [*new.iterdir(), new]:
             _sync(path)
@@ -241,7 +254,7 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         _sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise FunnelError(f"{folder}: cannot be written ({_one_line(error)})") from None
+        raise FunnelError(f"{folder}: cannot be written ({one_line(error)})") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -262,6 +275,14 @@ def existing(folder: str | Path) -> Path:
     return folder
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of that name; a name too long for the file system is no folder's."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def _sibling(folder: Path, word: str) -> Path:
     folder = folder.absolute()
     return folder.with_name(f".{folder.name}.{word}")
@@ -276,6 +297,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's message for the inside of another one."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200] or type(error).__name__

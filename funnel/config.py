@@ -13,6 +13,8 @@ from typing import Any
 from funnel.errors import FunnelError
 
 FORMAT = "funnel-1"  # marks a config.json as ours, and says which version of it
+LARGEST = 10_000_000  # of any one size: beyond it a config is damaged, not ambitious
+MOST_BLOCKS = 16
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
 PROBLEM_TYPES = ("single_label_classification", "regression")
 
@@ -100,8 +102,8 @@ class FunnelConfig:
             value = getattr(self, name)
             if value is None and name == "block_repeats":
                 value = (1,) * len(self.block_sizes)
-            if not isinstance(value, (list, tuple)) or not value or not all(_is_int(v) and v >= 1 for v in value):
-                raise FunnelError(f"config: {name} is {value!r}; it takes a list of whole numbers from 1 up")
+            if not isinstance(value, (list, tuple)) or not value or not all(_is_int(v) and 1 <= v < 1000 for v in value):
+                raise FunnelError(f"config: {name} is {value!r}; it takes a list of whole numbers from 1 to 999")
             _set(name, tuple(value))
         assert self.block_repeats is not None
         if len(self.block_repeats) != len(self.block_sizes):
@@ -109,12 +111,17 @@ class FunnelConfig:
                 f"config: block_repeats {list(self.block_repeats)} and block_sizes {list(self.block_sizes)} differ in length"
             )
         for name in ("vocab_size", "d_model", "n_head", "d_head", "d_inner"):
-            self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1 up")
-        self._check("num_decoder_layers", _is_int(self.num_decoder_layers) and self.num_decoder_layers >= 0, "0 or more")
+            self._check(name, _is_int(getattr(self, name)) and 1 <= getattr(self, name) <= LARGEST, f"1 to {LARGEST:,}")
+        self._check("num_decoder_layers", _is_int(self.num_decoder_layers) and 0 <= self.num_decoder_layers < 1000, "0 to 999")
         self._check("d_model", self.d_model % 2 == 0, "an even number (half sines, half cosines)")
         for name in ("hidden_dropout", "attention_dropout", "activation_dropout"):
             self._check(name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        self._check("layer_norm_eps", _is_number(self.layer_norm_eps) and self.layer_norm_eps > 0, "a number above 0")
+        self._check("layer_norm_eps", _is_number(self.layer_norm_eps) and 0 < self.layer_norm_eps < 1, "a number in (0, 1)")
+        if len(self.block_sizes) > MOST_BLOCKS:
+            raise FunnelError(
+                f"config: {len(self.block_sizes)} blocks; it takes {MOST_BLOCKS} at most, which halve a text of "
+                f"{2 ** (MOST_BLOCKS - 1):,} tokens to one"
+            )
         for name in ("separate_cls", "truncate_seq", "pool_q_only"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         choices = {
@@ -193,7 +200,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FunnelError(f"{path}: no such file") from None
     except OSError as error:
         raise FunnelError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise FunnelError(f"{path}: not a JSON file ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
         raise FunnelError(f"{path}: holds a JSON {type(values).__name__}, not an object of named fields")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from funnel import demo
+from funnel.checkpoint import is_folder
 from funnel.data import Examples, read_tsv
 from funnel.errors import FunnelError
 
@@ -43,7 +44,7 @@ class Task:
             return demo.examples()
         if folder is None:
             raise FunnelError(f"--task {self.name}: name the folder that has train.tsv and dev.tsv with --data DIR")
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise FunnelError(f"--data {folder}: no such folder; it takes one that has train.tsv and dev.tsv")
         ids = {written: i for i, written in enumerate(self.labels)}
         train, dev = (read_tsv(folder / name, self.text_columns, self.label_column, ids) for name in ("train.tsv", "dev.tsv"))

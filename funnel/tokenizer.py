@@ -86,9 +86,10 @@ class FunnelTokenizer:
         Raises:
             FunnelError: the tokenizer belongs to another model.
         """
-        if self.vocab_size > vocab_size:
+        largest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        if largest >= vocab_size:
             raise FunnelError(
-                f"{source}: the tokenizer has {self.vocab_size} tokens, but the model has embeddings for {vocab_size}; "
+                f"{source}: the tokenizer has ids up to {largest}, but the model has embeddings for {vocab_size} tokens; "
                 "take the tokenizer that these weights were trained with"
             )
         return self
@@ -123,6 +124,9 @@ class FunnelTokenizer:
             FunnelError: the file is not UTF-8 text or lacks the special tokens.
         """
         settings = read_json(path.with_name("tokenizer_config.json")) if _has_settings(path) else {}
+        for name in ("tokenize_chinese_chars", "strip_accents", "do_lower_case"):
+            if not isinstance(settings.get(name), (bool, type(None))):
+                raise FunnelError(f"{path.with_name('tokenizer_config.json')}: {name} is {settings[name]!r}, not true or false")
         try:
             tokens = path.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
@@ -136,6 +140,9 @@ class FunnelTokenizer:
             strip_accents=settings.get("strip_accents"),
             lowercase=bool(settings.get("do_lower_case", path.name != "vocab.cased.txt")),
         )
+        if len(vocabulary) < len(tokens):
+            repeated = next(token for token, count in Counter(t.rstrip("\r") for t in tokens).items() if count > 1)
+            raise FunnelError(f"{path}: the token {repeated!r} stands on several lines; a vocabulary has each once")
         return cls._wordpiece(vocabulary, normalizer, str(path))
 
     @classmethod
@@ -199,8 +206,8 @@ class FunnelTokenizer:
             FunnelError: `max_length` leaves no room beside the special tokens.
         """
         special = 2 if pairs is None else 3
-        if max_length <= special:
-            raise FunnelError(f"max length {max_length} leaves no room for text beside {special} special tokens")
+        if not special < max_length < 2**31:
+            raise FunnelError(f"--max-length {max_length}: it takes more than the {special} special tokens, below 2**31")
         self.tokenizer.enable_truncation(max_length, strategy="longest_first")
         try:
             inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))

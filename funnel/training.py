@@ -23,6 +23,8 @@ from funnel.errors import FunnelError
 from funnel.metrics import METRICS
 from funnel.tokenizer import FunnelTokenizer
 
+# What a training state has, beside the random generators' state.
+STATE = {"step", "best", "last", "running", "optimizer", "schedule", "scaler", "random"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -196,8 +198,8 @@ class Run:
         self.folder = folder
         record = folder / "run.json"
         if resume:
-            found = checkpoint.read_json(record).get("settings", {}) if record.exists() else None
-            if found is None:
+            found = checkpoint.read_json(record).get("settings") if record.exists() else None
+            if not isinstance(found, dict):
                 raise FunnelError(f"--resume: {folder} holds no run; name its folder with --out")
             if changed := [k for k, v in settings.items() if found.get(k) != v]:
                 raise FunnelError(
@@ -205,36 +207,56 @@ class Run:
                     f"not {settings[changed[0]]!r}; give the same arguments, or another --out"
                 )
             return
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FunnelError(f"--out {folder}: holds another run or other files; name another folder, or --resume it")
         try:
+            if folder.exists() and not folder.is_dir():
+                raise FunnelError(f"--out {folder}: is a file; name a folder")
+            if folder.exists() and any(folder.iterdir()):
+                raise FunnelError(f"--out {folder}: holds another run or other files; name another folder, or --resume it")
             folder.mkdir(parents=True, exist_ok=True)
             write_json(record, {"command": command, "settings": dict(settings)})
         except OSError as error:
             raise FunnelError(f"--out {folder}: cannot be written ({error.strerror})") from None
 
-    def load_state(self, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The last checkpoint's weights and training state; later lines of metrics.jsonl are dropped.
+    def load_state(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
+        """Puts the last checkpoint's weights into the model and returns its training state.
 
         Raises:
-            FunnelError: the run stopped before its first checkpoint, or the checkpoint is damaged.
+            FunnelError: the run stopped before its first checkpoint, or the checkpoint is damaged or another run's.
         """
-        folder = checkpoint.existing(self.folder / "last")
-        weights = checkpoint.load(folder).weights
         try:
-            state = torch.load(folder / "training_state.pt", map_location=device, weights_only=True)
+            folder = checkpoint.existing(self.folder / "last")
+        except FunnelError:
+            raise FunnelError(
+                f"--resume: {self.folder} stopped before its first checkpoint, so there is nothing to go on from; "
+                "remove it and start it again"
+            ) from None
+        weights = checkpoint.load(folder).weights
+        if unfit := checkpoint.load_weights(model, weights, str(folder)):
+            raise FunnelError(f"--resume: {folder} has no {unfit[0]} for this task; is it another run's? start the run again")
+        path = folder / "training_state.pt"
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # a damaged file can raise anything
-            raise FunnelError(f"{folder / 'training_state.pt'}: damaged ({str(error).splitlines()[0][:120]})") from None
+            raise FunnelError(f"{path}: damaged ({checkpoint.one_line(error)}); start the run again") from None
+        if not isinstance(state, dict) or not state.keys() >= STATE:
+            raise FunnelError(f"{path}: lacks {', '.join(sorted(STATE - set(state)))}; start the run again")
+        return state
+
+    def forget_after(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl that lie after a step: the resumed run writes them again."""
         log = self.folder / "metrics.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        kept = [line for line in lines if _step_of(line) <= state["step"]]
-        log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        return weights, state
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+        part = log.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
+        part.replace(log)
 
     def log(self, **values: Any) -> None:
         """Appends a line to metrics.jsonl."""
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise FunnelError(f"{self.folder}/metrics.jsonl: cannot be written ({error.strerror})") from None
 
     def save(self, name: str, model: Any, tokenizer: FunnelTokenizer, state: Mapping[str, Any] | None = None) -> None:
         """Writes a checkpoint folder, with the training state where one is given."""

@@ -202,6 +202,26 @@ def test_a_tokenizer_of_another_model_is_an_error(tmp_path):
         convert_weights.convert(str(folder), tmp_path / "ours")
 
 
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda w: w.pop("encoder.blocks.1.0.ffn.linear_1.bias"), "missing encoder.blocks.1.0.ffn.linear_1.bias"),
+        (lambda w: w.update({"foo.bar": torch.ones(2)}), "left over foo.bar"),
+        (lambda w: w.update({"encoder.blocks.1.0.ffn.linear_1.bias": torch.ones(3)}), "[3]"),
+        (lambda w: w.update({"encoder.blocks.1.0.ffn.linear_1.bias": torch.ones(32, dtype=torch.int8)}), "int8"),
+    ],
+)
+def test_our_own_format_is_checked_too(damage, words, tmp_path):
+    model = FunnelBaseModel(tiny())
+    weights = model.state_dict()
+    damage(weights)
+    checkpoint.save(tmp_path / "ours", model.config, weights, "FunnelBaseModel", extra=add_vocabulary)
+    with pytest.raises(FunnelError) as error:
+        convert_weights.convert(str(tmp_path / "ours"), tmp_path / "out", "huggingface")
+    assert words in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 # --- BERT -------------------------------------------------------------------------------------------------------------
 
 

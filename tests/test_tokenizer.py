@@ -108,7 +108,7 @@ def test_an_empty_text_is_cls_and_sep(vocabulary):
 
 
 def test_too_short_a_limit_is_an_error(vocabulary):
-    with pytest.raises(FunnelError, match="max length 2"):
+    with pytest.raises(FunnelError, match="--max-length 2"):
         FunnelTokenizer.load(vocabulary).encode(["a"], max_length=2)
 
 

@@ -1,6 +1,7 @@
 """train.py as a user runs it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -92,6 +93,47 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
     assert without_clock(lines_of(stopped)) == without_clock(lines_of(whole))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("last/training_state.pt", b"", "training_state.pt: damaged"),
+        ("last/training_state.pt", None, "training_state.pt: damaged"),
+        ("last/model.safetensors", b"", "model.safetensors: damaged"),
+        ("run.json", b'{"settings": "x"}', "holds no run"),
+        ("run.json", b"{", "run.json"),
+    ],
+)
+def test_a_damaged_run_is_not_resumed_and_keeps_its_log(run, name, content, words, tmp_path, capsys):
+    shutil.copytree(run[1] / "run", tmp_path / "run")
+    log = (tmp_path / "run/metrics.jsonl").read_bytes()
+    (tmp_path / "run" / name).unlink() if content is None else (tmp_path / "run" / name).write_bytes(content)
+    assert train.main([*QUICK, "--out", str(tmp_path / "run"), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert words in error
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == log
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_says_what_to_do(run, tmp_path, capsys):
+    shutil.copytree(run[1] / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/last")
+    assert train.main([*QUICK, "--out", str(tmp_path / "run"), "--resume"]) == 2
+    assert "before its first checkpoint" in capsys.readouterr().err
+
+
+def test_a_finished_run_has_nothing_to_resume(run, tmp_path, capsys):
+    shutil.copytree(run[1] / "run", tmp_path / "run")
+    assert train.main([*QUICK, "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_a_diverged_run_saves_no_checkpoint(tmp_path, capsys):
+    arguments = ["--epochs", "0.03", "--blocks", "1", "--lr", "999", "--eval-every", "1", "--warmup", "0"]
+    assert train.main([*arguments, "--out", str(tmp_path / "run")]) in (0, 2)
+    for path in (tmp_path / "run").glob("*/model.safetensors"):
+        checkpoint.check_finite(checkpoint.read_weights(path), str(path))
+
+
 @pytest.fixture
 def weights(tmp_path):
     """A tiny checkpoint of ours with a vocabulary."""
@@ -151,7 +193,18 @@ def test_a_model_that_sees_one_class_says_so(weights, tmp_path, capsys):
         (["--epochs", "nan"], ["--epochs"]),
         (["--lr", "-1"], ["--lr"]),
         (["--batch-size", "0"], ["--batch-size"]),
-        (["--max-length", "2"], ["max length 2"]),
+        (["--max-length", "2"], ["--max-length 2"]),
+        (["--max-length", "18446744073709551616"], ["--max-length"]),
+        (["--epochs", "1e308"], ["--epochs"]),
+        (["--eval-every", "0"], ["--eval-every"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--weight-decay", "-1"], ["--weight-decay"]),
+        (["--weights", "x" * 300], ["no folder can have this name"]),
+        (["--weights", "a/b\nc"], ["no such folder"]),
+        (["--task", "sst2", "--data", "x" * 300], ["no such folder"]),
+        (["--out", "x" * 300], ["--out"]),
+        (["--out", "taken/note"], ["is a file"]),
+        (["--blocks", ",".join("1" * 17)], ["16 at most"]),
         (["--warmup", "1"], ["--warmup"]),
         (["--weights", "nowhere"], ["nowhere", "no such folder"]),
         (["--weights", "empty"], ["empty", "config.json"]),

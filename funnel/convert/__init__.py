@@ -5,12 +5,14 @@ finds out which format a folder is in, and `fetch` brings a folder from the hub.
 """
 
 import fnmatch
+import re
 from pathlib import Path
 
 from funnel import checkpoint
 from funnel.convert import bert, huggingface, original
-from funnel.convert.source import Source
+from funnel.convert.source import Source, model_state, require_exactly
 from funnel.errors import FunnelError
+from funnel.heads import MODELS
 
 FORMATS = (huggingface, original, bert)
 HUB_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
@@ -29,16 +31,20 @@ def fetch(source: str) -> Path:
     Raises:
         FunnelError: it is neither, or the hub has no such repository or cannot be reached.
     """
-    if Path(source).exists():
-        return checkpoint.existing(source)
-    parts = source.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise FunnelError(f"{source}: no such folder, and no hub id (those look like funnel-transformer/small)")
+    try:
+        if Path(source).exists():
+            return checkpoint.existing(source)
+    except OSError as error:  # a name too long for the file system
+        raise FunnelError(f"{source[:80]!r}: no folder can have this name ({error.strerror})") from None
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source, re.ASCII):
+        raise FunnelError(f"{source!r}: no such folder, and no hub id of the form owner/name, as in funnel-transformer/small")
     import huggingface_hub  # here, because most runs need no hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     huggingface_hub.logging.set_verbosity_error()  # what goes wrong is told below, in one line
-    by_hand = f"put {', '.join(HUB_FILES)} and model.safetensors into a folder and name that folder instead (--weights DIR)"
+    by_hand = (
+        f"put {', '.join(HUB_FILES)} and model.safetensors into a folder and name that folder instead (train.py: --weights DIR)"
+    )
     try:
         files = [f.rfilename for f in huggingface_hub.HfApi().model_info(source, timeout=20).siblings or []]
         weights = next((p for p in HUB_WEIGHTS if any(fnmatch.fnmatch(f, p[0]) for f in files)), HUB_WEIGHTS[0])
@@ -49,7 +55,7 @@ def fetch(source: str) -> Path:
         try:
             return Path(huggingface_hub.snapshot_download(source, local_files_only=True))
         except LocalEntryNotFoundError:
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            reason = " ".join(str(error).split())[:80] or type(error).__name__
             raise FunnelError(f"{source}: config.json and weights cannot be downloaded ({reason}); {by_hand}") from None
 
 
@@ -62,7 +68,12 @@ def read_source(folder: str | Path) -> Source:
     folder = checkpoint.existing(folder)
     if checkpoint.is_checkpoint(folder):
         saved = checkpoint.load(folder)
-        return Source("ours", folder, saved.config, saved.weights, saved.architecture)
+        if saved.architecture not in MODELS:
+            raise FunnelError(
+                f"{folder / checkpoint.CONFIG}: architectures names {saved.architecture!r}, none of {', '.join(MODELS)}"
+            )
+        require_exactly(saved.weights, model_state(saved.architecture, saved.config), folder)
+        return Source("funnel", folder, saved.config, saved.weights, saved.architecture)
     for format_module in FORMATS:
         if format_module.recognises(folder):
             source = format_module.read(folder)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from funnel import checkpoint
 from funnel.attention import RelativeMultiHeadAttention, sinusoids
-from funnel.config import FunnelConfig, read_json
+from funnel.config import LARGEST, FunnelConfig, read_json
 from funnel.convert.huggingface import CONFIG, WEIGHTS
 from funnel.convert.source import Source, first_file, model_state, place, rename, require_exactly
 from funnel.errors import FunnelError
@@ -74,8 +74,13 @@ def read(folder: Path) -> Source:
             raise FunnelError(f"{path}: {name} is {values[name]!r}; only {only!r} can become a Funnel")
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     for name in needed:
-        if not isinstance(values.get(name), int) or values[name] < 1:
-            raise FunnelError(f"{path}: {name} is {values.get(name)!r}; it takes a whole number from 1 up")
+        value = values.get(name)
+        if type(value) is not int or not 1 <= value <= (999 if name == "num_hidden_layers" else LARGEST):
+            raise FunnelError(f"{path}: {name} is {value!r}, which no BERT has")
+    if values["hidden_size"] % values["num_attention_heads"]:
+        raise FunnelError(
+            f"{path}: hidden_size {values['hidden_size']} cannot be shared among {values['num_attention_heads']} heads"
+        )
     config = FunnelConfig.from_dict(
         {
             "vocab_size": values["vocab_size"],

@@ -101,7 +101,7 @@ def read(folder: Path) -> Source:
 def _architecture(values: dict[str, Any], weights: dict[str, Tensor], config: FunnelConfig) -> str:
     """The class that the weights are of: the config's, where its head is there, else told by the names."""
     heads = {name for name in weights if not name.startswith(BODY)} - {"lm_head.weight"}
-    declared = str((values.get("architectures") or [""])[0])
+    declared = checkpoint.architecture(values)
     candidates = [declared] if declared in MODELS else []
     has_decoder = any(name.startswith("decoder.") for name in weights)
     for name in [*candidates, *MODELS]:

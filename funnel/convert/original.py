@@ -94,12 +94,18 @@ def read(folder: Path) -> Source:
     except FunnelError:
         raise FunnelError(f"{path}: block_size {values['block_size']!r} is no layout such as 4_4_4 or 6_3x2_3x2") from None
     weights = checkpoint.read_weights(folder / WEIGHTS)
+    checkpoint.check_finite(weights, str(folder / WEIGHTS))
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         renamed = rename(name, TABLE, sizes) or name
         for ending, transform in TRANSFORMS.items():
             if re.search(ending + "$", renamed):
-                tensor = transform(tensor)
+                try:
+                    tensor = transform(tensor)
+                except (IndexError, RuntimeError):
+                    raise FunnelError(
+                        f"{folder / WEIGHTS}: weight {name} has the impossible shape {list(tensor.shape)}"
+                    ) from None
         ours[renamed] = tensor.contiguous()
     outputs = ours.get("classifier.linear_out.bias")
     config = FunnelConfig.from_dict(
@@ -108,7 +114,7 @@ def read(folder: Path) -> Source:
             "block_sizes": sizes,
             "block_repeats": repeats,
             "num_decoder_layers": 0,
-            "id2label": {i: f"LABEL_{i}" for i in range(2 if outputs is None else len(outputs))},
+            "id2label": {i: f"LABEL_{i}" for i in range(2 if outputs is None else outputs.numel())},
         },
         str(path),
     )
