@@ -14,7 +14,6 @@ from funnel.errors import FunnelError
 
 FORMAT = "funnel-1"  # marks a config.json as ours, and says which version of it
 LARGEST = 10_000_000  # of any one size: beyond it a config is damaged, not ambitious
-MOST_BLOCKS = 16
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
 PROBLEM_TYPES = ("single_label_classification", "regression")
 
@@ -117,11 +116,6 @@ class FunnelConfig:
         for name in ("hidden_dropout", "attention_dropout", "activation_dropout"):
             self._check(name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         self._check("layer_norm_eps", _is_number(self.layer_norm_eps) and 0 < self.layer_norm_eps < 1, "a number in (0, 1)")
-        if len(self.block_sizes) > MOST_BLOCKS:
-            raise FunnelError(
-                f"config: {len(self.block_sizes)} blocks; it takes {MOST_BLOCKS} at most, which halve a text of "
-                f"{2 ** (MOST_BLOCKS - 1):,} tokens to one"
-            )
         for name in ("separate_cls", "truncate_seq", "pool_q_only"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         choices = {

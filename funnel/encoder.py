@@ -84,16 +84,11 @@ class AttentionInputsBuilder(nn.Module):
         self.cosine_dropout = Dropout(config.hidden_dropout)
 
     def distances(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Encodings of the distances from reach(length) down to -reach(length), [2 reach + 1, d]."""
-        far = self.reach(length)
+        """Encodings of the distances from `length` down to -`length`, [2 length + 1, d]."""
         exact = dtype if dtype == torch.float64 else torch.float32  # angles in bfloat16 would be noise
-        steps = torch.arange(far, -far - 1, -1, device=device).to(exact)
+        steps = torch.arange(length, -length - 1, -1, device=device).to(exact)
         sines, cosines = sinusoids(steps, self.config.d_model)
         return torch.cat([self.sine_dropout(sines), self.cosine_dropout(cosines)], dim=1).to(dtype)
-
-    def reach(self, length: int) -> int:
-        """A bound on the distances that any block of an input of `length` tokens asks for."""
-        return length + 2 * pooling.spacing(len(self.config.block_sizes) - 1)
 
     def inputs(
         self,
@@ -118,8 +113,9 @@ class AttentionInputsBuilder(nn.Module):
         step = pooling.spacing(query_block) // stride
         offset = pooling.first_position(query_block, self.config) - pooling.first_position(key_block, self.config)
         largest = offset + step * stride * (queries - 1)  # the distance from the last query to the first key
-        start = self.reach(length) - largest
-        positions = encodings[start : start + stride * (keys + step * queries) : stride]
+        distances = largest - stride * torch.arange(keys + step * queries, device=encodings.device)
+        # Beyond the text lie only [cls]'s own distances, which count for nothing, and the shift's last, unread columns.
+        positions = encodings[(length - distances).clamp(0, 2 * length)]
 
         same = query_types.unsqueeze(2) == key_types.unsqueeze(1)
         if not self.config.separate_cls:  # [cls] is of the same segment as every token

@@ -35,8 +35,8 @@ def lengths(length: int, config: FunnelConfig) -> list[int]:
 
 
 def spacing(block: int) -> int:
-    """The distance between neighbours in a block, in tokens of the input."""
-    return 2**block
+    """The distance between neighbours in a block, in tokens of the input: 2**block, as far as that fits an integer."""
+    return 2 ** min(block, 40)
 
 
 def first_position(block: int, config: FunnelConfig) -> int:

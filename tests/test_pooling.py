@@ -182,6 +182,13 @@ def test_a_short_text_in_a_deep_pyramid_ends_as_cls_alone():
         assert states[-1].isfinite().all()
 
 
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_hundred_blocks_work(choice):
+    model = FunnelModel(tiny(block_sizes=(1,) * 100, d_model=4, n_head=1, d_head=4, d_inner=4, **choice)).eval()
+    for length in (1, 2, 9):
+        assert model(*real_batch([length])).isfinite().all()
+
+
 def test_a_text_of_padding_alone_gives_finite_numbers_and_gradients():
     for choice in CHOICES:
         model = FunnelModel(tiny(**choice))

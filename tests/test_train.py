@@ -204,7 +204,6 @@ def test_a_model_that_sees_one_class_says_so(weights, tmp_path, capsys):
         (["--task", "sst2", "--data", "x" * 300], ["no such folder"]),
         (["--out", "x" * 300], ["--out"]),
         (["--out", "taken/note"], ["is a file"]),
-        (["--blocks", ",".join("1" * 17)], ["16 at most"]),
         (["--warmup", "1"], ["--warmup"]),
         (["--weights", "nowhere"], ["nowhere", "no such folder"]),
         (["--weights", "empty"], ["empty", "config.json"]),
