@@ -12,7 +12,7 @@ from pathlib import Path
 from funnel import checkpoint
 from funnel.checkpoint import Checkpoint
 from funnel.convert import fetch, huggingface, read_source
-from funnel.errors import FunnelError
+from funnel.errors import FunnelError, exit_status
 from funnel.tokenizer import FunnelTokenizer
 
 
@@ -22,15 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
     parser.add_argument("--to", choices=("funnel", "huggingface"), default="funnel", help="format to write (%(default)s)")
     args = parser.parse_args(arguments)
-    try:
-        convert(args.source, args.out, args.to)
-    except FunnelError as error:
-        print(f"convert_weights.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert_weights.py: stopped; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status("convert_weights.py", lambda: convert(args.source, args.out, args.to), "nothing was written")
 
 
 def convert(name: str, out: Path, to: str = "funnel") -> None:

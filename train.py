@@ -21,7 +21,7 @@ from funnel.checkpoint import load_weights
 from funnel.config import FunnelConfig, parse_layout
 from funnel.convert import fetch, read_source
 from funnel.data import Dataset
-from funnel.errors import FunnelError
+from funnel.errors import FunnelError, exit_status
 from funnel.heads import FunnelForSequenceClassification
 from funnel.tasks import TASKS, Task, get_task
 from funnel.tokenizer import FunnelTokenizer
@@ -225,15 +225,8 @@ def positive(flag: str, value: float | None, default: float, below: float = floa
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    try:
-        train(args)
-    except FunnelError as error:
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: stopped; --resume with --out FOLDER goes on from the run's last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    stopped = "--resume with --out FOLDER goes on from the run's last checkpoint"
+    return exit_status("train.py", lambda: train(args), stopped)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from funnel.config import FORMAT, FunnelConfig, read_json, write_json
-from funnel.errors import FunnelError
+from funnel.errors import FunnelError, one_line
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -60,9 +60,7 @@ def load(folder: str | Path) -> Checkpoint:
     if unknown := sorted(set(values) - known):
         raise FunnelError(f"{folder / CONFIG}: unknown field {unknown[0]!r}; remove it or correct its name")
     config = FunnelConfig.from_dict(values, str(folder / CONFIG))
-    weights = read_weights(folder / WEIGHTS)
-    check_finite(weights, str(folder / WEIGHTS))
-    return Checkpoint(config, weights, architecture(values))
+    return Checkpoint(config, read_weights(folder / WEIGHTS), architecture(values))
 
 
 def architecture(values: Mapping[str, Any]) -> str:
@@ -154,13 +152,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file, a pickle of tensors, or the shards that an `.index.json` file names.
 
     Raises:
-        FunnelError: the file is missing, damaged, or a pickle that holds more than tensors.
+        FunnelError: the file is missing, damaged, or a pickle that holds more than tensors; or a weight is no plain
+            floating-point tensor or not finite.
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     if not path.is_file():
         raise FunnelError(f"{path}: no such file; a checkpoint needs its weights")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    check_finite(weights, str(path))
+    return weights
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -295,9 +296,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message for the inside of another one."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:200] or type(error).__name__

@@ -123,10 +123,11 @@ class FunnelTokenizer:
         Raises:
             FunnelError: the file is not UTF-8 text or lacks the special tokens.
         """
-        settings = read_json(path.with_name("tokenizer_config.json")) if _has_settings(path) else {}
+        beside = path.with_name("tokenizer_config.json")
+        settings = read_json(beside) if beside.is_file() else {}
         for name in ("tokenize_chinese_chars", "strip_accents", "do_lower_case"):
             if not isinstance(settings.get(name), (bool, type(None))):
-                raise FunnelError(f"{path.with_name('tokenizer_config.json')}: {name} is {settings[name]!r}, not true or false")
+                raise FunnelError(f"{beside}: {name} is {settings[name]!r}, not true or false")
         try:
             tokens = path.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
@@ -215,7 +216,3 @@ class FunnelTokenizer:
         finally:
             self.tokenizer.no_truncation()
         return [Encoding(e.ids, e.type_ids, bool(e.overflowing)) for e in encoded]
-
-
-def _has_settings(vocabulary: Path) -> bool:
-    return vocabulary.with_name("tokenizer_config.json").is_file()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from funnel import checkpoint
 from funnel.config import FunnelConfig, write_json
 from funnel.data import Dataset
-from funnel.errors import FunnelError
+from funnel.errors import FunnelError, one_line
 from funnel.metrics import METRICS
 from funnel.tokenizer import FunnelTokenizer
 
@@ -237,7 +237,7 @@ class Run:
         try:
             state = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # a damaged file can raise anything
-            raise FunnelError(f"{path}: damaged ({checkpoint.one_line(error)}); start the run again") from None
+            raise FunnelError(f"{path}: damaged ({one_line(error)}); start the run again") from None
         if not isinstance(state, dict) or not state.keys() >= STATE:
             raise FunnelError(f"{path}: lacks {', '.join(sorted(STATE - set(state)))}; start the run again")
         return state

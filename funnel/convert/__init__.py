@@ -76,9 +76,7 @@ def read_source(folder: str | Path) -> Source:
         return Source("funnel", folder, saved.config, saved.weights, saved.architecture)
     for format_module in FORMATS:
         if format_module.recognises(folder):
-            source = format_module.read(folder)
-            checkpoint.check_finite(source.weights, str(folder))
-            return source
+            return format_module.read(folder)
     raise FunnelError(
         f"{folder}: no checkpoint that we know; it takes config.json with model_type funnel or bert beside "
         "model.safetensors or pytorch_model.bin (transformers), or net_config.pytorch.json beside model.pt (original)"

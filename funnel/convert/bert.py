@@ -67,40 +67,11 @@ def read(folder: Path) -> Source:
         FunnelError: a file is missing or damaged, the weights do not fit the config, or the config asks for something
             that a Funnel has no place for (relative or no positions, a decoder).
     """
-    path = folder / CONFIG
-    values = read_json(path)
-    for name, only in (("position_embedding_type", "absolute"), ("is_decoder", False)):
-        if values.get(name, only) != only:
-            raise FunnelError(f"{path}: {name} is {values[name]!r}; only {only!r} can become a Funnel")
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    for name in needed:
-        value = values.get(name)
-        if type(value) is not int or not 1 <= value <= (999 if name == "num_hidden_layers" else LARGEST):
-            raise FunnelError(f"{path}: {name} is {value!r}, which no BERT has")
-    if values["hidden_size"] % values["num_attention_heads"]:
-        raise FunnelError(
-            f"{path}: hidden_size {values['hidden_size']} cannot be shared among {values['num_attention_heads']} heads"
-        )
-    config = FunnelConfig.from_dict(
-        {
-            "vocab_size": values["vocab_size"],
-            "block_sizes": three_blocks(values["num_hidden_layers"]),
-            "num_decoder_layers": 0,
-            "d_model": values["hidden_size"],
-            "n_head": values["num_attention_heads"],
-            "d_head": values["hidden_size"] // values["num_attention_heads"],
-            "d_inner": values["intermediate_size"],
-            "hidden_act": values.get("hidden_act", "gelu"),
-            "hidden_dropout": values.get("hidden_dropout_prob", 0.1),
-            "attention_dropout": values.get("attention_probs_dropout_prob", 0.1),
-            "layer_norm_eps": values.get("layer_norm_eps", 1e-12),
-        },
-        str(path),
-    )
-    flat = config.replace(block_sizes=(values["num_hidden_layers"],))  # one block: BERT as it is
-    read_weights = checkpoint.read_weights(first_file(folder, WEIGHTS))
-    checkpoint.check_finite(read_weights, str(folder))
-    weights = {_plain(n): t.float() for n, t in read_weights.items()}  # the fit below needs more than half precision
+    config = _read_config(folder / CONFIG)
+    flat = config.replace(block_sizes=(sum(config.block_sizes),))  # one block: BERT as it is
+    weights = {  # in float32: the fit below needs more than half precision
+        _plain(name): tensor.float() for name, tensor in checkpoint.read_weights(first_file(folder, WEIGHTS)).items()
+    }
     left_out = {n: why for n in weights for start, why in LEFT_OUT.items() if n.startswith(start)}
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -136,6 +107,39 @@ def read(folder: Path) -> Source:
     made = {n: "zero: token types add nothing until trained" for n in blocks if n.endswith(("r_s_bias", "seg_embed"))}
     made |= {n: "fitted to the source's position scores" for n in blocks if n.endswith(("r_r_bias", "r_kernel"))}
     return Source("BERT", folder, config, blocks, "FunnelBaseModel", left_out, made)
+
+
+def _read_config(path: Path) -> FunnelConfig:
+    """BERT's config.json as an encoder's config."""
+    values = read_json(path)
+    for name, only in (("position_embedding_type", "absolute"), ("is_decoder", False)):
+        if values.get(name, only) != only:
+            raise FunnelError(f"{path}: {name} is {values[name]!r}; only {only!r} can become a Funnel")
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    for name in needed:
+        value = values.get(name)
+        if type(value) is not int or not 1 <= value <= (999 if name == "num_hidden_layers" else LARGEST):
+            raise FunnelError(f"{path}: {name} is {value!r}, which no BERT has")
+    if values["hidden_size"] % values["num_attention_heads"]:
+        raise FunnelError(
+            f"{path}: hidden_size {values['hidden_size']} cannot be shared among {values['num_attention_heads']} heads"
+        )
+    return FunnelConfig.from_dict(
+        {
+            "vocab_size": values["vocab_size"],
+            "block_sizes": three_blocks(values["num_hidden_layers"]),
+            "num_decoder_layers": 0,
+            "d_model": values["hidden_size"],
+            "n_head": values["num_attention_heads"],
+            "d_head": values["hidden_size"] // values["num_attention_heads"],
+            "d_inner": values["intermediate_size"],
+            "hidden_act": values.get("hidden_act", "gelu"),
+            "hidden_dropout": values.get("hidden_dropout_prob", 0.1),
+            "attention_dropout": values.get("attention_probs_dropout_prob", 0.1),
+            "layer_norm_eps": values.get("layer_norm_eps", 1e-12),
+        },
+        str(path),
+    )
 
 
 def _plain(name: str) -> str:

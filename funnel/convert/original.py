@@ -94,7 +94,6 @@ def read(folder: Path) -> Source:
     except FunnelError:
         raise FunnelError(f"{path}: block_size {values['block_size']!r} is no layout such as 4_4_4 or 6_3x2_3x2") from None
     weights = checkpoint.read_weights(folder / WEIGHTS)
-    checkpoint.check_finite(weights, str(folder / WEIGHTS))
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         renamed = rename(name, TABLE, sizes) or name
