@@ -7,28 +7,48 @@ from torch import Tensor, nn
 LANES = 65536  # values of 16 random bits
 
 
-class Dropout(nn.Module):
-    """Sets elements to zero with probability p in training and scales the others by 1 / (1 - p).
+def keep_mask(shape: tuple[int, ...], p: float, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A mask of dropout: zero with probability p, else 1 / (1 - p), in the dtype and on the device of `like`.
 
     PyTorch draws a CPU mask one Bernoulli number after another, which takes a tenth of a training step. Here one 64-bit
     number serves four elements, 16 bits each; p is rounded to a multiple of 1 / 65536 and the scale is that of the
-    rounded p, so the mean is exact. On other devices and under torch.compile it is PyTorch's own.
+    rounded p, so the mean is exact.
+
+    Args:
+        generator: draws the numbers; None means PyTorch's common one.
     """
+    dropped = round(p * LANES)  # of LANES values
+    if like.device.type == "cpu":
+        size = torch.Size(shape).numel()
+        bits = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        lanes = bits.view(torch.int16)[:size].view(shape)
+    else:
+        lanes = torch.empty(shape, dtype=torch.int16, device=like.device).random_(-(2**15), 2**15, generator=generator)
+    keep = lanes >= dropped - LANES // 2  # int16 starts at -LANES / 2
+    return keep.to(like.dtype).mul_(LANES / (LANES - dropped))
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Sets elements to zero with probability p and scales the others by 1 / (1 - p).
+
+    On a CPU with `keep_mask`; on other devices and under torch.compile it is PyTorch's own.
+    """
+    if p == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    return x * keep_mask(x.shape, p, x)
+
+
+class Dropout(nn.Module):
+    """`dropout` in training, nothing in evaluation."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.dropout(x, self.p)
-        dropped = round(self.p * LANES)  # of LANES values
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        lanes = bits.view(torch.int16)[: x.numel()].view(x.shape)
-        keep = lanes >= dropped - LANES // 2  # int16 starts at -LANES / 2
-        return x * keep.to(x.dtype).mul_(LANES / (LANES - dropped))
+        return dropout(x, self.p) if self.training else x
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -38,7 +38,11 @@ class FunnelEmbeddings(nn.Module):
         self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.dropout(self.layer_norm(self.word_embeddings(input_ids)))
+        hidden = self.layer_norm(self.word_embeddings(input_ids))
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # hidden states are in one dtype all the way, so that nothing is cast twice
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        return self.dropout(hidden)
 
 
 class FunnelFeedForward(nn.Module):
@@ -117,10 +121,19 @@ class AttentionInputsBuilder(nn.Module):
         # Beyond the text lie only [cls]'s own distances, which count for nothing, and the shift's last, unread columns.
         positions = encodings[(length - distances).clamp(0, 2 * length)]
 
-        same = query_types.unsqueeze(2) == key_types.unsqueeze(1)
-        if not self.config.separate_cls:  # [cls] is of the same segment as every token
-            same = same | (query_types == CLS_TOKEN_TYPE).unsqueeze(2) | (key_types == CLS_TOKEN_TYPE).unsqueeze(1)
-        return AttentionInputs(key_mask, positions, step, same)
+        segments = self._segments(query_types, is_query=True), self._segments(key_types, is_query=False)
+        return AttentionInputs(key_mask, positions, step, *(x.to(encodings.dtype) for x in segments))
+
+    def _segments(self, types: Tensor, is_query: bool) -> Tensor:
+        """The segment channels of queries or keys (see `AttentionInputs`): all keys, and one for each token type. [b, n, 4]."""
+        kinds = types.unsqueeze(2) == torch.arange(3, device=types.device)  # [b, n, 3]
+        if is_query and not self.config.separate_cls:  # [cls] is of the same segment as every token
+            everywhere = (types == CLS_TOKEN_TYPE).unsqueeze(2)
+            kinds = torch.cat([kinds[..., :CLS_TOKEN_TYPE] | everywhere, torch.ones_like(everywhere)], dim=2)
+        channels = torch.cat([torch.ones_like(kinds[..., :1]), kinds], dim=2)
+        if self.config.separate_cls:
+            channels = torch.cat([torch.zeros_like(channels[:, :1]), channels[:, 1:]], dim=1)
+        return channels
 
 
 class FunnelEncoder(nn.Module):
@@ -130,6 +143,7 @@ class FunnelEncoder(nn.Module):
         hidden: [b, l, d], embeddings.
         mask: [b, l], true where a token is real.
         token_type_ids: [b, l].
+        cls_only: the very last run of a layer computes position 0 alone, which is all that a classifier reads.
 
     Returns:
         The states after the embeddings and after every run of a layer, first to last, each [b, its block's length, d];
@@ -146,7 +160,9 @@ class FunnelEncoder(nn.Module):
         """The layers of a block."""
         return [cast(FunnelLayer, layer) for layer in cast(nn.ModuleList, self.blocks[block])]
 
-    def forward(self, hidden: Tensor, mask: Tensor, token_type_ids: Tensor) -> tuple[list[Tensor], Tensor]:
+    def forward(
+        self, hidden: Tensor, mask: Tensor, token_type_ids: Tensor, cls_only: bool = False
+    ) -> tuple[list[Tensor], Tensor]:
         config, build = self.config, self.attention_inputs
         length = hidden.shape[1]
         encodings = build.distances(length, hidden.dtype, hidden.device)
@@ -154,23 +170,27 @@ class FunnelEncoder(nn.Module):
         types = token_type_ids
         for b in range(len(self.blocks)):
             query = key_value = hidden
-            pooling_inputs = None
+            keys = (b, types, mask)
             if b > 0:
                 pooled_mask = pooling.pool_mask(mask, config)
                 pooled_types = pooling.pool_token_types(types, mask, config)
                 query = pooling.pool_hidden(hidden, mask, config)
-                if config.pool_q_only:
-                    pooling_inputs = build.inputs(encodings, (b, pooled_types), (b - 1, types, mask), length)
-                else:
-                    key_value = query
+                keys = (b - 1, types, mask)
+                if not config.pool_q_only:
+                    key_value, keys = query, (b, pooled_types, pooled_mask)
                 mask, types = pooled_mask, pooled_types
-            inputs = build.inputs(encodings, (b, types), (b, types, mask), length)
-            for layer in self.layers(b):
-                for _ in range(config.repeats[b]):
-                    hidden = layer(query, key_value, pooling_inputs or inputs)
-                    states.append(hidden)
-                    query = key_value = hidden
-                    pooling_inputs = None
+            runs = [layer for layer in self.layers(b) for _ in range(config.repeats[b])]
+            inputs = None
+            for run, layer in enumerate(runs):
+                query_types = types
+                if cls_only and b == len(self.blocks) - 1 and run == len(runs) - 1:
+                    query, query_types, inputs = query[:, :1], types[:, :1], None
+                if inputs is None:
+                    inputs = build.inputs(encodings, (b, query_types), keys, length)
+                hidden = query = key_value = layer(query, key_value, inputs)
+                states.append(hidden)
+                if keys[0] != b:  # only the first run reads the former block
+                    keys, inputs = (b, types, mask), None
         return states, mask
 
 

@@ -54,15 +54,23 @@ class Funnel(nn.Module):
         """Adds what a task needs beside the body; nothing for the bare models."""
 
     def encode(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        cls_only: bool = False,
     ) -> tuple[list[Tensor], Tensor]:
         """Runs embeddings and encoder.
+
+        Args:
+            cls_only: leave out what [cls] of the last block does not need: the last state is [b, 1, d].
 
         Returns:
             The states after the embeddings and after every run of a layer, the last of them [b, p, d]; and the last
             block's mask, [b, p].
         """
-        return self.encoder(self.embeddings(input_ids), *self._prepare(input_ids, attention_mask, token_type_ids))
+        mask, types = self._prepare(input_ids, attention_mask, token_type_ids)
+        return self.encoder(self.embeddings(input_ids), mask, types, cls_only)
 
     def encode_and_decode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -170,7 +178,7 @@ class FunnelForSequenceClassification(Funnel):
         self.classifier = ClassificationHead(config, config.num_labels)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
-        states, _ = self.encode(input_ids, attention_mask, token_type_ids)
+        states, _ = self.encode(input_ids, attention_mask, token_type_ids, cls_only=True)
         return self.classifier(states[-1][:, 0])
 
 
@@ -185,7 +193,7 @@ class FunnelForMultipleChoice(Funnel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         mask = None if attention_mask is None else attention_mask.flatten(0, 1)
         types = None if token_type_ids is None else token_type_ids.flatten(0, 1)
-        states, _ = self.encode(input_ids.flatten(0, 1), mask, types)
+        states, _ = self.encode(input_ids.flatten(0, 1), mask, types, cls_only=True)
         return self.classifier(states[-1][:, 0]).view(input_ids.shape[:2])
 
 

@@ -8,7 +8,8 @@ import torch
 from conftest import real_batch, tiny
 
 from funnel import pooling
-from funnel.attention import relative_shift, sinusoids
+from funnel.attend import relative_shift
+from funnel.attention import sinusoids
 from funnel.heads import FunnelModel
 
 
