@@ -3,6 +3,7 @@
 python convert_weights.py funnel-transformer/small weights/small      # from the hub
 python convert_weights.py DIR weights/mine                            # transformers, original, or BERT, as it finds
 python convert_weights.py runs/mine/best out --to huggingface         # for transformers' from_pretrained
+python convert_weights.py runs/mine/best out --to onnx                # one file for onnxruntime (extra: onnx)
 """
 
 import argparse
@@ -11,8 +12,11 @@ from pathlib import Path
 
 from funnel import checkpoint
 from funnel.checkpoint import Checkpoint
+from funnel.config import write_json
 from funnel.convert import fetch, huggingface, read_source
 from funnel.errors import FunnelError, exit_status
+from funnel.export import export_onnx, export_torch
+from funnel.heads import MODELS
 from funnel.tokenizer import FunnelTokenizer
 
 
@@ -20,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder with a checkpoint in any known format, or a hub id")
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
-    parser.add_argument("--to", choices=("funnel", "huggingface"), default="funnel", help="format to write (%(default)s)")
+    parser.add_argument("--to", choices=("funnel", "huggingface", "onnx"), default="funnel", help="format to write (%(default)s)")
     args = parser.parse_args(arguments)
     return exit_status("convert_weights.py", lambda: convert(args.source, args.out, args.to), "nothing was written")
 
@@ -43,6 +47,8 @@ def convert(name: str, out: Path, to: str = "funnel") -> None:
             print(f"{title:<9} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} ({reason})")
     if to == "huggingface":
         checkpoint.write_folder(out, lambda folder: _write_huggingface(folder, saved, tokenizer))
+    elif to == "onnx":
+        checkpoint.write_folder(out, lambda folder: _write_onnx(folder, saved, tokenizer))
     else:
         checkpoint.save(out, saved.config, saved.weights, saved.architecture, extra=tokenizer.save)
     files = ", ".join(sorted(path.name for path in out.iterdir()))
@@ -52,6 +58,14 @@ def convert(name: str, out: Path, to: str = "funnel") -> None:
 def _write_huggingface(folder: Path, saved: Checkpoint, tokenizer: FunnelTokenizer) -> None:
     huggingface.write(folder, saved)
     tokenizer.save_for_transformers(folder)
+
+
+def _write_onnx(folder: Path, saved: Checkpoint, tokenizer: FunnelTokenizer) -> None:
+    model = MODELS[saved.architecture](saved.config)
+    model.load_state_dict(dict(saved.weights))
+    export_onnx(export_torch(model), folder / "model.onnx")
+    write_json(folder / checkpoint.CONFIG, saved.config.to_dict())
+    tokenizer.save(folder)
 
 
 def _by_reason(table: dict[str, str]) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -52,6 +53,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     where.add_argument("--device", choices=("cpu", "cuda", "mps"), help="(default: the fastest that is there)")
     where.add_argument("--dtype", choices=tuple(training.DTYPES), help="of matrix products (default: bf16 where the "
                        "device computes in it, else fp32)")  # fmt: skip
+    where.add_argument("--accumulate", type=int, default=1, metavar="N", help="cut each batch into N parts, one after the "
+                       "other: less memory, the same gradient")  # fmt: skip
+    where.add_argument("--gradient-checkpointing", action="store_true", help="keep layers' inputs only and compute the rest "
+                       "twice: less memory, more time")  # fmt: skip
+    where.add_argument("--compile", action="store_true", help="use torch.compile: minutes before the first step, then faster "
+                       "steps on a GPU")  # fmt: skip
     where.add_argument("--out", type=Path, help="the run's folder (default: runs/TASK-BLOCKS-seedN, numbered if taken)")
     where.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
     where.add_argument("--eval-every", type=int, help="steps between evaluations (default: 4 an epoch)")
@@ -71,6 +78,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     eval_every = None if args.eval_every is None else int(positive("--eval-every", args.eval_every, 0))
     batch_size = int(positive("--batch-size", args.batch_size, task.batch_size))
     max_length = int(positive("--max-length", args.max_length, task.max_length))
+    accumulate = int(positive("--accumulate", args.accumulate, 1))
     blocks = None if args.blocks is None else parse_layout(args.blocks)
     if not 0 <= args.warmup < 1:
         raise FunnelError(f"--warmup {args.warmup}: it takes a share of all steps, from 0 to below 1")
@@ -89,6 +97,8 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     train_set = Dataset(train_examples, tokenizer, max_length)
     dev_set = Dataset(dev_examples, tokenizer, max_length)
     model.to(device).train()
+    model.set_gradient_checkpointing(args.gradient_checkpointing)
+    forward = torch.compile(model, dynamic=True) if args.compile else model
     config = model.config
     dtype = training.choose_dtype(args.dtype, device, config.d_model)
 
@@ -102,7 +112,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
     # The run's folder.
     out = args.out or training.free_folder(Path("runs") / f"{task.name}-{config.layout}-seed{args.seed}")
-    settings = {name: getattr(args, name) for name in ("init", "warmup", "weight_decay", "seed")}
+    settings = {name: getattr(args, name) for name in ("init", "warmup", "weight_decay", "seed", "accumulate", "compile")}
     settings |= {"task": task.name, "data": args.data and str(args.data), "weights": weights_name, "blocks": config.layout}
     settings |= {"train_texts": len(train_set), "dev_texts": len(dev_set), "steps": total_steps}
     settings |= {"epochs": epochs, "lr": peak_lr, "batch_size": batch_size, "max_length": max_length, "dtype": dtype}
@@ -132,11 +142,14 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     while step < total_steps:
         epoch, offset = divmod(step, steps_per_epoch)
         for index in train_set.training_batches(batch_size, args.seed, epoch)[offset:]:
-            batch = train_set.batch(index).to(device)
-            with training.autocast(device, dtype):
-                logits = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-            loss = training.loss_function(logits, batch.labels)
-            scaler.scale(loss).backward()
+            loss = torch.zeros((), device=device)
+            for part in np.array_split(index, min(accumulate, len(index))):
+                batch = train_set.batch(part).to(device)
+                with training.autocast(device, dtype):
+                    logits = forward(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+                part_loss = training.loss_function(logits, batch.labels) * (len(part) / len(index))
+                scaler.scale(part_loss).backward()
+                loss += part_loss.detach()
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
@@ -146,7 +159,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             schedule.step()
 
             step, seen = step + 1, seen + len(index)
-            running = loss.detach() if running is None else running.lerp(loss.detach(), 0.05)
+            running = loss if running is None else running.lerp(loss, 0.05)
             bar.update()
             is_evaluated = step % eval_every == 0 or step == total_steps
             if step % 20 == 0 or is_evaluated:

@@ -18,8 +18,8 @@ from torch import Tensor
 from funnel.dropout import dropout, keep_mask
 from funnel.errors import FunnelError
 
-# Scores in a tile of `tiled`. 2**18 to 2**20 took the same time within 5 % on cores with 1 and 2 MiB of cache each.
-TILE = 2**19
+TILE = 2**19  # scores in a tile of `tiled`
+KEPT = 128  # keys: up to here a layer's weights take less memory than its other activations, and are kept for backward
 
 
 class Terms(NamedTuple):
@@ -95,7 +95,7 @@ def _relative(terms: Terms) -> Tensor:
 
 
 def tiled(terms: Terms, dropout_p: float) -> Tensor:
-    """Tile by tile, forward and backward; backward computes the scores again. Returns [b, q, h, c].
+    """Tile by tile, forward and backward. Backward computes the weights of long inputs again. Returns [b, q, h, c].
 
     A tile is small enough for the processor's cache, where the passes over it (shift, softmax, dropout) cost little, and
     it is all that there ever is of the scores. It needs its own part of the table of distances only, so long inputs
@@ -163,26 +163,21 @@ def _operands(terms: Terms) -> _Operands:
     return _Operands(*by_heads, terms.r.transpose(0, 1), key_bias.unsqueeze(1))
 
 
-def _weights(tile: _Tile, x: _Operands, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
-    """A tile's attention weights before dropout, and the two operands again as matrices.
-
-    Returns:
-        weights [heads * texts, queries, k], query [heads * texts, queries, c + s], key [heads * texts, k, c + s].
-    """
+def _weights(tile: _Tile, x: _Operands, terms: Terms) -> Tensor:
+    """A tile's attention weights before dropout, [heads * texts, queries, k]."""
     query, key = x.query[tile.heads, tile.texts, tile.queries], x.key[tile.heads, tile.texts]
     g, b, q, k = *query.shape[:3], key.shape[2]
-    query, key = query.flatten(0, 1), key.flatten(0, 1)
     positional = x.positional[tile.heads, tile.texts, tile.queries].flatten(1, 2)  # [g, b * q, c]
     table = torch.bmm(positional, x.r[tile.heads, tile.distances].transpose(1, 2)).unflatten(1, (b, q))
     position = relative_shift(table, k, terms.step)  # [g, b, q, k]
     if terms.separate_cls:
         position[..., 0] = 0
     scores = torch.add(position, x.key_bias[tile.texts]).view(g * b, q, k)
-    return scores.baddbmm_(query, key.transpose(1, 2)).softmax(-1), query, key
+    return scores.baddbmm_(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).softmax(-1)
 
 
 class _Tiled(torch.autograd.Function):
-    """Attention whose backward computes each tile's weights, and its dropout mask, a second time."""
+    """Attention whose backward computes each tile's weights, and its dropout mask, a second time (`KEPT`: or keeps them)."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -192,15 +187,17 @@ class _Tiled(torch.autograd.Function):
         seed = int(torch.randint(2**62, ())) if dropout_p else 0
         ctx.save_for_backward(*terms[:9])
         ctx.rest = (*terms[9:], dropout_p, seed)
+        ctx.kept = [] if any(ctx.needs_input_grad) and terms.k.shape[1] <= KEPT else None
         draw = _mask_source(terms.q, dropout_p, seed)
         x = _operands(terms)
         context = torch.empty_like(terms.q)
         for tile in _tiles(terms):
-            weights, _, _ = _weights(tile, x, terms)
-            if dropout_p:
-                weights *= draw(weights)
+            weights = _weights(tile, x, terms)
+            mask = draw(weights) if dropout_p else None
+            if ctx.kept is not None:
+                ctx.kept.append((weights, mask))
             v = x.v[tile.heads, tile.texts]
-            part = torch.bmm(weights, v.flatten(0, 1)).unflatten(0, v.shape[:2])  # [g, b, q, c]
+            part = torch.bmm(_dropped(weights, mask), v.flatten(0, 1)).unflatten(0, v.shape[:2])  # [g, b, q, c]
             context[tile.texts, tile.queries, tile.heads] = part.permute(1, 2, 0, 3)
         return context
 
@@ -212,28 +209,35 @@ class _Tiled(torch.autograd.Function):
         draw = _mask_source(terms.q, dropout_p, seed)
         x = _operands(terms)
         c = terms.q.shape[3]
-        # Sums over several tiles are kept in float32 at least.
-        wide = torch.promote_types(terms.q.dtype, torch.float32) if sum(1 for _ in _tiles(terms)) > 1 else terms.q.dtype
+        wide = torch.promote_types(terms.q.dtype, torch.float32)  # for what is summed over several tiles
+        whole = all(tile.queries == slice(0, terms.q.shape[1]) for tile in _tiles(terms))
         d_query, d_positional = torch.empty_like(x.query), torch.empty_like(x.positional)
-        d_key, d_v, d_r = (torch.zeros_like(y, dtype=wide) for y in (x.key, x.v, x.r))
+        d_key, d_v = (torch.empty_like(y) if whole else torch.zeros_like(y, dtype=wide) for y in (x.key, x.v))
+        d_r = torch.zeros_like(x.r, dtype=wide)
+
+        def add(total: Tensor, index: tuple[slice, ...], part: Tensor) -> None:
+            if whole:  # then each part of the total gets one addend
+                total[index] = part
+            else:
+                total[index] += part
+
         d_context = gradient.permute(2, 0, 1, 3)  # [h, b, q, c]
-        for tile in _tiles(terms):
+        for number, tile in enumerate(_tiles(terms)):
+            if ctx.kept is not None:
+                weights, mask = ctx.kept[number]
+            else:
+                weights = _weights(tile, x, terms)
+                mask = draw(weights) if dropout_p else None
             rows = (tile.heads, tile.texts, tile.queries)
             keys = (tile.heads, tile.texts)
-            weights, query, key = _weights(tile, x, terms)
             d_out = d_context[rows]
             g, b, q, _ = d_out.shape
             d_out = d_out.flatten(0, 1)
-            d_weights = torch.bmm(d_out, x.v[keys].flatten(0, 1).transpose(1, 2))
-            if dropout_p:
-                mask = draw(weights)
-                d_weights *= mask
-                d_v[keys] += torch.bmm((weights * mask).transpose(1, 2), d_out).unflatten(0, (g, b))
-            else:
-                d_v[keys] += torch.bmm(weights.transpose(1, 2), d_out).unflatten(0, (g, b))
+            add(d_v, keys, torch.bmm(_dropped(weights, mask).transpose(1, 2), d_out).unflatten(0, (g, b)))
+            d_weights = _dropped(torch.bmm(d_out, x.v[keys].flatten(0, 1).transpose(1, 2)), mask)
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            d_query[rows] = torch.bmm(d_scores, key).unflatten(0, (g, b))
-            d_key[keys] += torch.bmm(d_scores.transpose(1, 2), query).unflatten(0, (g, b))
+            d_query[rows] = torch.bmm(d_scores, x.key[keys].flatten(0, 1)).unflatten(0, (g, b))
+            add(d_key, keys, torch.bmm(d_scores.transpose(1, 2), x.query[rows].flatten(0, 1)).unflatten(0, (g, b)))
 
             k = d_scores.shape[2]
             d_table = d_scores.new_zeros(g, b, q, k + step * q)
@@ -261,6 +265,10 @@ class _Tiled(torch.autograd.Function):
             by_texts(d_query[..., c:]),
             *(None,) * 5,
         )
+
+
+def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
 
 
 def _mask_source(like: Tensor, p: float, seed: int) -> Any:

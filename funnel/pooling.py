@@ -48,14 +48,17 @@ def first_position(block: int, config: FunnelConfig) -> int:
     return 1 - spacing(block) if config.separate_cls else 0
 
 
-def _pairs(x: Tensor, config: FunnelConfig) -> Tensor:
-    """The positions that pair up, [b, n, 2, …]. A last one without a partner is dropped or gets one of zeros."""
+def _pairs(x: Tensor, config: FunnelConfig) -> tuple[Tensor, Tensor]:
+    """The first and the second of all positions that pair up, [b, n, …] each.
+
+    A last position without a partner is dropped or gets one of zeros.
+    """
     if config.separate_cls:
         x = x[:, 1:]
     if not (config.separate_cls and config.truncate_seq):
         x = torch.cat([x, torch.zeros_like(x[:, :1])], dim=1)
     n = x.shape[1] // 2
-    return x[:, : 2 * n].unflatten(1, (n, 2))
+    return x[:, 0 : 2 * n : 2], x[:, 1 : 2 * n : 2]
 
 
 def pool_mask(mask: Tensor, config: FunnelConfig) -> Tensor:
@@ -67,8 +70,8 @@ def pool_mask(mask: Tensor, config: FunnelConfig) -> Tensor:
     Returns:
         [b, p], true where a pooled position counts.
     """
-    pairs = _pairs(mask, config)  # [b, n, 2]
-    pooled = pairs.all(2) if config.truncate_seq else pairs.any(2)
+    first, second = _pairs(mask, config)
+    pooled = first & second if config.truncate_seq else first | second
     cls = torch.ones_like(mask[:, :1])
     return torch.cat([cls, pooled if config.separate_cls else pooled[:, 1:]], dim=1)
 
@@ -83,25 +86,25 @@ def pool_hidden(hidden: Tensor, mask: Tensor, config: FunnelConfig) -> Tensor:
     Returns:
         [b, p, d]. Positions that `pool_mask` masks out hold finite values that mean nothing.
     """
-    pairs = _pairs(hidden, config)  # [b, n, 2, d]
+    first, second = _pairs(hidden, config)  # [b, n, d]
     if config.separate_cls and config.truncate_seq:  # pairs that count are wholly real: no need to look at the mask
-        pooled = pairs.mean(2) if config.pooling_type == "mean" else pairs.amax(2)
+        pooled = (first + second) / 2 if config.pooling_type == "mean" else torch.maximum(first, second)
     else:
-        real = _pairs(mask, config)  # [b, n, 2]
+        real = [r.unsqueeze(2) for r in _pairs(mask, config)]  # [b, n, 1]
         # Padding may only stand in for a whole pair that does not count, never beside a real token.
-        real = (real | ~real.any(2, keepdim=True)).unsqueeze(-1)  # [b, n, 2, 1]
+        use_first, use_second = real[0] | ~real[1], real[1] | ~real[0]
         if config.pooling_type == "mean":
-            pooled = (pairs * real).sum(2) / real.sum(2)
+            pooled = (first * use_first + second * use_second) / (use_first.to(first) + use_second)
         else:
-            pooled = pairs.masked_fill(~real, float("-inf")).amax(2)
+            lowest = torch.finfo(hidden.dtype).min
+            pooled = torch.maximum(first.masked_fill(~use_first, lowest), second.masked_fill(~use_second, lowest))
     return torch.cat([hidden[:, :1], pooled], dim=1) if config.separate_cls else pooled
 
 
 def pool_token_types(token_type_ids: Tensor, mask: Tensor, config: FunnelConfig) -> Tensor:
     """Token types of the pooled positions: a pair has the type of its first real token. [b, l] -> [b, p]."""
-    pairs = _pairs(token_type_ids, config)  # [b, n, 2]
-    first_is_real = _pairs(mask, config)[..., 0]
-    pooled = torch.where(first_is_real, pairs[..., 0], pairs[..., 1])
+    first, second = _pairs(token_type_ids, config)
+    pooled = torch.where(_pairs(mask, config)[0], first, second)
     return torch.cat([token_type_ids[:, :1], pooled], dim=1) if config.separate_cls else pooled
 
 

@@ -8,26 +8,8 @@ import torch
 from conftest import real_batch, tiny
 
 from funnel import pooling
-from funnel.attend import relative_shift
 from funnel.attention import sinusoids
 from funnel.heads import FunnelModel
-
-
-@pytest.mark.parametrize("queries", [1, 2, 5, 8])
-@pytest.mark.parametrize("keys", [1, 3, 8])
-@pytest.mark.parametrize("step", [1, 2])
-def test_the_shift_reads_the_right_distance_for_every_pair(queries, keys, step):
-    # Column c of the table stands for the distance step * (queries - 1) - c, in keys.
-    table = (step * (queries - 1) - torch.arange(keys + step * queries)).expand(1, 1, queries, -1).contiguous()
-    shifted = relative_shift(table, keys, step)
-    for i, j in itertools.product(range(queries), range(keys)):
-        assert shifted[0, 0, i, j] == step * i - j
-
-
-def test_the_shift_is_a_view():
-    table = torch.randn(2, 3, 5, 8 + 5)
-    shifted = relative_shift(table, 8, 1)
-    assert shifted.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
 
 
 def test_sinusoids_are_those_of_the_paper():

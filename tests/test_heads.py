@@ -5,7 +5,7 @@ import torch
 from conftest import real_batch, tiny
 
 from funnel.errors import FunnelError
-from funnel.heads import MODELS, FunnelForSequenceClassification, FunnelModel
+from funnel.heads import MODELS, FunnelForSequenceClassification, FunnelForTokenClassification, FunnelModel
 
 SHAPES = {
     "FunnelBaseModel": (3, 4, 16),
@@ -144,3 +144,38 @@ def test_position_0_counts_whatever_the_mask_says():
     without = mask.clone()
     without[:, 0] = 0
     assert torch.equal(model(ids, without, types), model(ids, mask, types))
+
+
+@pytest.mark.parametrize("changes", [{}, {"block_sizes": (2, 1)}, {"block_repeats": (1, 1, 3)}, {"pool_q_only": False}, {"separate_cls": False}])
+def test_a_classifier_computes_cls_alone_in_its_last_layer_and_loses_nothing(changes):
+    torch.manual_seed(0)
+    model = FunnelForSequenceClassification(tiny(**{"block_repeats": (1,) * len(changes.get("block_sizes", "123")), **changes}))
+    model = model.double().eval()
+    batch = real_batch([13, 30, 1])
+    whole, _ = model.encode(*batch)
+    only, _ = model.encode(*batch, cls_only=True)
+    assert only[-1].shape == (3, 1, model.config.d_model)
+    torch.testing.assert_close(only[-1], whole[-1][:, :1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(*batch), model.classifier(whole[-1][:, 0]), rtol=0, atol=1e-12)
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_less():
+    torch.manual_seed(0)
+    model = FunnelForTokenClassification(tiny(hidden_dropout=0.3, attention_dropout=0.3)).train()
+    gradients, kept = [], []
+    for enabled in (False, True):
+        model.set_gradient_checkpointing(enabled)
+        torch.manual_seed(1)
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(*real_batch([40, 33])).square().sum()
+        kept.append(sum(sizes))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+    assert kept[1] < kept[0] / 3

@@ -1,5 +1,6 @@
 """train.py as a user runs it."""
 
+import functools
 import json
 import shutil
 
@@ -248,3 +249,32 @@ def test_without_a_network_the_default_weights_are_named_with_the_way_out(tmp_pa
     assert "funnel-transformer/small" in done.stderr
     assert "--weights DIR" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def plain_weights(folder, words="a good film\na bad film\nnot so"):
+    """A checkpoint without dropout."""
+    tokenizer = FunnelTokenizer.train(words.splitlines())
+    torch.manual_seed(0)
+    FunnelForSequenceClassification(tiny(vocab_size=tokenizer.vocab_size)).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def test_accumulation_checkpointing_and_compilation_train_the_same_model(tmp_path, monkeypatch):
+    rows = "".join(f"{'not ' * (i % 2)}a {'good' if i % 3 else 'bad'} film\t{int(i % 3 > 0)}\n" for i in range(37))
+    sst2(tmp_path / "data", rows, rows)
+    plain_weights(tmp_path / "weights")
+    # The compiler's kernels are PyTorch's business, and take minutes: its tracing is enough here.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    common = ("--task", "sst2", "--data", str(tmp_path / "data"), "--weights", str(tmp_path / "weights"), "--epochs", "3",
+              "--batch-size", "8", "--lr", "1e-3", "--dtype", "fp32")  # fmt: skip
+    found = {}
+    for flags in ((), ("--accumulate", "3"), ("--gradient-checkpointing",), ("--compile",)):
+        out = tmp_path / ("run" + "".join(flags))
+        assert train.main([*common, *flags, "--out", str(out)]) == 0
+        found[flags] = checkpoint.load(out / "last").weights
+    start = checkpoint.load(tmp_path / "weights").weights
+    for flags, weights in found.items():
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, found[()][name], rtol=0, atol=2e-5, msg=f"{flags} {name}")
+    assert any((found[()][name] - start[name]).abs().max() > 1e-3 for name in start)
