@@ -24,7 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder with a checkpoint in any known format, or a hub id")
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
-    parser.add_argument("--to", choices=("funnel", "huggingface", "onnx"), default="funnel", help="format to write (%(default)s)")
+    parser.add_argument(
+        "--to", choices=("funnel", "huggingface", "onnx"), default="funnel", help="format to write (%(default)s)"
+    )
     args = parser.parse_args(arguments)
     return exit_status("convert_weights.py", lambda: convert(args.source, args.out, args.to), "nothing was written")
 

@@ -21,6 +21,7 @@ from funnel import layout, training
 from funnel.checkpoint import load_weights
 from funnel.config import FunnelConfig, parse_layout
 from funnel.convert import fetch, read_source
+from funnel.cost import check_memory
 from funnel.data import Dataset
 from funnel.errors import FunnelError, exit_status
 from funnel.heads import FunnelForSequenceClassification
@@ -41,6 +42,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--blocks", help="layers in each block, as in 2,2,2,2 or 6,3x2,3x2 (default: as in the weights)")
     what.add_argument("--init", choices=layout.INITS, default="identity", help="what layers that the weights do not have "
                       "start as (default: %(default)s)")  # fmt: skip
+    what.add_argument("--layout-plan", type=Path, help="JSON file that says where each layer comes from, instead of --init "
+                      "(every run writes its own as layout_plan.json; python -m funnel layout shows one)")  # fmt: skip
     how = parser.add_argument_group("how to train (the task's defaults: the paper's; learning rates: the authors' advice)")
     how.add_argument("--epochs", type=float, help="may be a fraction (default: the task's)")
     how.add_argument("--lr", type=float, help="peak learning rate (default: the task's)")
@@ -93,7 +96,10 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     # Data, weights, model.
     train_examples, dev_examples = task.load(args.data)
     weights_name = args.weights if args.weights is not None else ("none" if task.name == "demo" else "funnel-transformer/small")
-    model, tokenizer, origin = start_model(weights_name, task, blocks, args.init, train_examples.texts)
+    bytes_per_weight = 16 if device.type == "cpu" else 4  # with its gradient and AdamW's two moments
+    model, tokenizer, plan, origin = start_model(
+        weights_name, task, blocks, args.init, train_examples.texts, args.layout_plan, bytes_per_weight
+    )
     train_set = Dataset(train_examples, tokenizer, max_length)
     dev_set = Dataset(dev_examples, tokenizer, max_length)
     model.to(device).train()
@@ -113,12 +119,15 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     # The run's folder.
     out = args.out or training.free_folder(Path("runs") / f"{task.name}-{config.layout}-seed{args.seed}")
     settings = {name: getattr(args, name) for name in ("init", "warmup", "weight_decay", "seed", "accumulate", "compile")}
+    settings |= {"layout_plan": args.layout_plan and str(args.layout_plan)}
     settings |= {"task": task.name, "data": args.data and str(args.data), "weights": weights_name, "blocks": config.layout}
     settings |= {"train_texts": len(train_set), "dev_texts": len(dev_set), "steps": total_steps}
     settings |= {"epochs": epochs, "lr": peak_lr, "batch_size": batch_size, "max_length": max_length, "dtype": dtype}
     run = training.Run(out, settings, shlex.join(sys.orig_argv), args.resume)
     step, best, last, running = 0, {}, {}, None
-    if args.resume:
+    if not args.resume:
+        layout.write_plan(out / "layout_plan.json", plan)
+    else:
         state = run.load_state(model, device)
         try:
             optimizer.load_state_dict(state["optimizer"])
@@ -199,9 +208,15 @@ def describe(scores: dict[str, float]) -> str:
 
 
 def start_model(
-    weights: str, task: Task, blocks: tuple[tuple[int, ...], tuple[int, ...]] | None, init: str, texts: list[str]
-) -> tuple[FunnelForSequenceClassification, FunnelTokenizer, str]:
-    """A classifier of the wanted layout, its tokenizer, and a word on what it starts from."""
+    weights: str,
+    task: Task,
+    blocks: tuple[tuple[int, ...], tuple[int, ...]] | None,
+    init: str,
+    texts: list[str],
+    plan_file: Path | None = None,
+    bytes_per_weight: int = 4,
+) -> tuple[FunnelForSequenceClassification, FunnelTokenizer, list[layout.LayerPlan], str]:
+    """A classifier of the wanted layout, its tokenizer, the plan of its layers, and a word on what it starts from."""
     if weights == "none":
         tokenizer = FunnelTokenizer.train(texts)
         start = SMALL.replace(vocab_size=tokenizer.vocab_size)
@@ -220,12 +235,13 @@ def start_model(
         num_decoder_layers=0,
         id2label=dict(enumerate(task.labels.values())),
     )
+    plan = layout.read_plan(plan_file, start, config) if plan_file else layout.make_plan(start, config, init)
+    check_memory(config, bytes_per_weight)
     model = FunnelForSequenceClassification(config)
-    plan = layout.make_plan(start, config, init)
     fresh = load_weights(model, layout.apply_plan(old_weights, plan, model.state_dict()), weights)
     added = sum(row.start != "keep" for row in plan)
-    origin += f" (blocks {start.layout}; {len(plan) - added} layers kept, {added} new: {init})"
-    return model, tokenizer, origin + (", new classifier" if fresh else "")
+    origin += f" (blocks {start.layout}; {len(plan) - added} layers kept, {added} new: {plan_file or init})"
+    return model, tokenizer, plan, origin + (", new classifier" if fresh else "")
 
 
 def positive(flag: str, value: float | None, default: float, below: float = float("inf")) -> float:

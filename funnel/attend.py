@@ -159,8 +159,8 @@ def _operands(terms: Terms) -> _Operands:
     key_bias = torch.zeros_like(terms.key_mask, dtype=terms.q.dtype).masked_fill_(
         ~terms.key_mask, torch.finfo(terms.q.dtype).min
     )
-    by_heads = (x.permute(2, 0, 1, 3) for x in (query, key, terms.v, positional))
-    return _Operands(*by_heads, terms.r.transpose(0, 1), key_bias.unsqueeze(1))
+    query, key, v, positional = (x.permute(2, 0, 1, 3) for x in (query, key, terms.v, positional))
+    return _Operands(query, key, v, positional, terms.r.transpose(0, 1), key_bias.unsqueeze(1))
 
 
 def _weights(tile: _Tile, x: _Operands, terms: Terms) -> Tensor:
@@ -185,27 +185,30 @@ class _Tiled(torch.autograd.Function):
         terms = Terms(*fields)
         # The mask is drawn from a generator of its own, seeded from the common one, so that it can be drawn again.
         seed = int(torch.randint(2**62, ())) if dropout_p else 0
-        ctx.save_for_backward(*terms[:9])
-        ctx.rest = (*terms[9:], dropout_p, seed)
-        ctx.kept = [] if any(ctx.needs_input_grad) and terms.k.shape[1] <= KEPT else None
+        keeps = any(ctx.needs_input_grad) and terms.k.shape[1] <= KEPT
+        kept: list[Tensor] = []  # each tile's weights, and its mask where there is dropout
         draw = _mask_source(terms.q, dropout_p, seed)
         x = _operands(terms)
         context = torch.empty_like(terms.q)
         for tile in _tiles(terms):
             weights = _weights(tile, x, terms)
             mask = draw(weights) if dropout_p else None
-            if ctx.kept is not None:
-                ctx.kept.append((weights, mask))
+            if keeps:
+                kept += [weights] if mask is None else [weights, mask]
             v = x.v[tile.heads, tile.texts]
             part = torch.bmm(_dropped(weights, mask), v.flatten(0, 1)).unflatten(0, v.shape[:2])  # [g, b, q, c]
             context[tile.texts, tile.queries, tile.heads] = part.permute(1, 2, 0, 3)
+        ctx.save_for_backward(*terms[:9], *kept)
+        ctx.rest = (*terms[9:], dropout_p, seed)
         return context
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         step, separate_cls, dropout_p, seed = ctx.rest
-        terms = Terms(*ctx.saved_tensors, step, separate_cls)
+        saved = ctx.saved_tensors
+        terms = Terms._make([*saved[:9], step, separate_cls])
+        kept = iter(saved[9:])
         draw = _mask_source(terms.q, dropout_p, seed)
         x = _operands(terms)
         c = terms.q.shape[3]
@@ -222,9 +225,9 @@ class _Tiled(torch.autograd.Function):
                 total[index] += part
 
         d_context = gradient.permute(2, 0, 1, 3)  # [h, b, q, c]
-        for number, tile in enumerate(_tiles(terms)):
-            if ctx.kept is not None:
-                weights, mask = ctx.kept[number]
+        for tile in _tiles(terms):
+            if len(saved) > 9:
+                weights, mask = next(kept), next(kept) if dropout_p else None
             else:
                 weights = _weights(tile, x, terms)
                 mask = draw(weights) if dropout_p else None

@@ -41,7 +41,8 @@ class FunnelEmbeddings(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden = self.layer_norm(self.word_embeddings(input_ids))
         device = hidden.device.type
-        if torch.is_autocast_enabled(device):  # hidden states are in one dtype all the way, so that nothing is cast twice
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # Hidden states are in one dtype all the way, so that nothing is cast twice.
             hidden = hidden.to(torch.get_autocast_dtype(device))
         return self.dropout(hidden)
 

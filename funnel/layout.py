@@ -7,15 +7,17 @@ deepens a network without changing its function; post-norm layers make that appr
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from funnel.config import FunnelConfig
+from funnel.config import FunnelConfig, read_json, write_json
 from funnel.errors import FunnelError
 
 INITS = ("identity", "copy", "random")
+STARTS = ("keep", *INITS)
 
 
 class LayerPlan(NamedTuple):
@@ -65,6 +67,61 @@ def make_plan(old: FunnelConfig, new: FunnelConfig, init: str = "identity") -> l
             source = None if start == "random" else (source_block, source_layer)
             plan.append(LayerPlan(block, layer, start, source))
     return plan
+
+
+def write_plan(path: Path, plan: list[LayerPlan]) -> None:
+    """Writes a plan as JSON, for people to read and edit: a row a layer, places as "block.layer"."""
+    rows = [
+        {"layer": f"{row.block}.{row.layer}", "start": row.start}
+        | ({"source": f"{row.source[0]}.{row.source[1]}"} if row.source is not None else {})
+        for row in plan
+    ]
+    write_json(path, {"layers": rows})
+
+
+def read_plan(path: Path, old: FunnelConfig, new: FunnelConfig) -> list[LayerPlan]:
+    """Reads a plan that `write_plan` wrote or a person edited.
+
+    Raises:
+        FunnelError: it is no plan, does not have every layer of the new layout once, or names a layer that the old one
+            does not have.
+    """
+    rows = read_json(path).get("layers")
+    if not isinstance(rows, list):
+        raise FunnelError(f'{path}: no layout plan; it takes {{"layers": [{{"layer": "0.0", "start": …, "source": …}}, …]}}')
+    plan = {}
+    for number, row in enumerate(rows, 1):
+        found = _read_row(f"{path}, row {number}", row, old, new)
+        if (found.block, found.layer) in plan:
+            raise FunnelError(f"{path}, row {number}: layer {found.block}.{found.layer} has a row already")
+        plan[found.block, found.layer] = found
+    places = [(block, layer) for block, size in enumerate(new.block_sizes) for layer in range(size)]
+    if missing := [f"{block}.{layer}" for block, layer in places if (block, layer) not in plan]:
+        raise FunnelError(f"{path}: no row for layer {missing[0]} of the layout {new.layout}")
+    return [plan[place] for place in places]
+
+
+def _read_row(where: str, row: Any, old: FunnelConfig, new: FunnelConfig) -> LayerPlan:
+    if not isinstance(row, dict) or not row.keys() <= {"layer", "start", "source"}:
+        raise FunnelError(f"{where}: it takes layer, start and source, not {str(row)[:60]}")
+    block, layer = _read_place(where, "layer", row.get("layer"), new)
+    start = row.get("start")
+    if start not in STARTS:
+        raise FunnelError(f"{where}: start {start!r} is none of {', '.join(STARTS)}")
+    if (start == "random") != ("source" not in row):
+        raise FunnelError(f"{where}: a layer that starts as {start!r} takes {'no' if start == 'random' else 'a'} source")
+    return LayerPlan(block, layer, start, None if start == "random" else _read_place(where, "source", row["source"], old))
+
+
+def _read_place(where: str, field: str, value: Any, config: FunnelConfig) -> tuple[int, int]:
+    parts = value.split(".") if isinstance(value, str) else []
+    if len(parts) != 2 or not all(p.isdecimal() and p.isascii() and len(p) < 4 for p in parts):
+        raise FunnelError(f'{where}: {field} {value!r} is no place; it takes "block.layer", as in "2.0"')
+    block, layer = map(int, parts)
+    if block >= len(config.block_sizes) or layer >= config.block_sizes[block]:
+        shared = " (layers that repeat share their weights, and a row)" if max(config.repeats) > 1 else ""
+        raise FunnelError(f"{where}: {field} {value} is not in the layout {config.layout}{shared}")
+    return block, layer
 
 
 def apply_plan(weights: Mapping[str, Tensor], plan: list[LayerPlan], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -146,7 +146,9 @@ def test_position_0_counts_whatever_the_mask_says():
     assert torch.equal(model(ids, without, types), model(ids, mask, types))
 
 
-@pytest.mark.parametrize("changes", [{}, {"block_sizes": (2, 1)}, {"block_repeats": (1, 1, 3)}, {"pool_q_only": False}, {"separate_cls": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"block_sizes": (2, 1)}, {"block_repeats": (1, 1, 3)}, {"pool_q_only": False}, {"separate_cls": False}]
+)
 def test_a_classifier_computes_cls_alone_in_its_last_layer_and_loses_nothing(changes):
     torch.manual_seed(0)
     model = FunnelForSequenceClassification(tiny(**{"block_repeats": (1,) * len(changes.get("block_sizes", "123")), **changes}))

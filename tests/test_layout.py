@@ -1,13 +1,16 @@
 """Changing a layout: where each layer comes from, and what the grown model computes."""
 
+import json
+
 import pytest
 import torch
 from conftest import real_batch, tiny
 
+from funnel import cost
 from funnel.config import parse_layout
 from funnel.errors import FunnelError
 from funnel.heads import FunnelForSequenceClassification
-from funnel.layout import apply_plan, make_plan
+from funnel.layout import apply_plan, make_plan, read_plan, write_plan
 
 
 def with_layout(text, **more):
@@ -85,3 +88,43 @@ def test_grown_layers_share_no_memory():
     weights = apply_plan(model.state_dict(), make_plan(model.config, config, "copy"), fresh)
     pointers = [t.data_ptr() for t in [*weights.values(), *model.state_dict().values()] if t.numel()]
     assert len(set(pointers)) == len(pointers)
+
+
+def test_a_plan_survives_its_file(tmp_path):
+    old, new = with_layout("2,1"), with_layout("3,1x2,1")
+    rows = make_plan(old, new)
+    write_plan(tmp_path / "plan.json", rows)
+    assert read_plan(tmp_path / "plan.json", old, new) == rows
+    rows = make_plan(old, new, "random")
+    write_plan(tmp_path / "plan.json", rows)
+    assert read_plan(tmp_path / "plan.json", old, new) == rows
+
+
+KEEP = {"layer": "0.0", "start": "keep", "source": "0.0"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({}, "no layout plan"),
+        ([KEEP], "no row for layer 1.0 of the layout 1,1x2"),
+        ([KEEP, KEEP], "row 2: layer 0.0 has a row already"),
+        ([KEEP, {"layer": "1.0", "start": "copy", "source": "0.1"}], "row 2: source 0.1 is not in the layout 1"),
+        ([KEEP, {"layer": "1.1", "start": "copy", "source": "0.0"}], "row 2: layer 1.1 is not in the layout 1,1x2 .layers"),
+        ([{"layer": "0.0", "start": "zero", "source": "0.0"}], "row 1: start 'zero' is none of keep, identity"),
+        ([{"layer": "0.0", "start": "copy"}], "row 1: a layer that starts as 'copy' takes a source"),
+        ([{"layer": "0.0", "start": "random", "source": "0.0"}], "row 1: a layer that starts as 'random' takes no source"),
+        ([{"layer": 0, "start": "random"}], 'row 1: layer 0 is no place; it takes "block.layer"'),
+        (["keep"], "row 1: it takes layer, start and source"),
+    ],
+)  # fmt: skip
+def test_a_plan_with_a_mistake_is_refused_with_its_row(rows, words, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"layers": rows}))
+    with pytest.raises(FunnelError, match=words):
+        read_plan(tmp_path / "plan.json", with_layout("1"), with_layout("1,1x2"))
+
+
+def test_a_layout_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch):
+    monkeypatch.setattr(cost, "available_memory", lambda: 2**20)
+    with pytest.raises(FunnelError, match=r"blocks 999, width 16: [\d,]+ parameters need .* GiB, and 0.0 GiB are free"):
+        cost.check_memory(with_layout("999"), 16)

@@ -29,7 +29,13 @@ def run(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(run):
     done, folder = run
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (folder / "run").iterdir()) == ["best", "last", "metrics.jsonl", "run.json"]
+    assert sorted(p.name for p in (folder / "run").iterdir()) == [
+        "best",
+        "last",
+        "layout_plan.json",
+        "metrics.jsonl",
+        "run.json",
+    ]
     record = json.loads((folder / "run/run.json").read_text())
     assert " ".join(QUICK) in record["command"]
     assert record["settings"]["blocks"] == "1,1"

@@ -1,0 +1,1 @@
+"""The figures in README, each by one command."""

@@ -1,0 +1,137 @@
+"""Commands beside training.
+
+python -m funnel layout --blocks 2,2,2,2,2,2,2                       # what a layout costs, and where its layers come from
+python -m funnel layout --blocks 6,3x2,3x2 --weights DIR --plot funnel.png
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from funnel import checkpoint, layout
+from funnel.config import FunnelConfig, parse_layout, preset
+from funnel.cost import Cost, costs
+from funnel.errors import FunnelError, exit_status
+
+LENGTHS = (128, 512)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="funnel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("layout", help="what a layout costs, and where each of its layers comes from")
+    show.add_argument("--blocks", help="layers in each block, as in 2,2,2,2 or 6,3x2,3x2 (default: as in the weights)")
+    show.add_argument("--weights", default="small", help="a checkpoint folder of ours, or the name of a released size, as in "
+                      "small, medium-base, xlarge (default: %(default)s)")  # fmt: skip
+    show.add_argument("--init", choices=layout.INITS, default="identity", help="(default: %(default)s)")
+    show.add_argument("--layout-plan", type=Path, help="JSON file with a plan, instead of --init")
+    show.add_argument("--plot", type=Path, help="picture of the funnel to write (needs the extra plot)")
+    args = parser.parse_args(arguments)
+    return exit_status("funnel", lambda: show_layout(args), "nothing was written")
+
+
+def show_layout(args: argparse.Namespace) -> None:
+    """Prints costs and plan of a layout.
+
+    Raises:
+        FunnelError: layout, weights or plan cannot be read.
+    """
+    old = source_config(args.weights).replace(num_decoder_layers=0)
+    sizes, repeats = parse_layout(args.blocks) if args.blocks else (old.block_sizes, old.repeats)
+    new = old.replace(block_sizes=sizes, block_repeats=repeats)
+    plan = layout.read_plan(args.layout_plan, old, new) if args.layout_plan else layout.make_plan(old, new, args.init)
+    print(f"layout {new.layout}, width {new.d_model}, a classifier without decoder; from {args.weights} ({old.layout})\n")
+    print(cost_table(new))
+    for length in LENGTHS:
+        ratio = total(new, length) / total(old, length)
+        print(f"\nFLOPs at {length}: {ratio:.2f} of {old.layout}", end="")
+    print("\n\n" + "\n".join(f"layer {row}" for row in plan))
+    if args.plot:
+        draw(new, args.plot)
+        print(f"\nwrote {args.plot}")
+
+
+def source_config(weights: str) -> FunnelConfig:
+    """The config of a checkpoint folder, or of a released size."""
+    folder = Path(weights)
+    if folder.is_dir():
+        return FunnelConfig.from_dict(checkpoint.read_json(folder / checkpoint.CONFIG), str(folder / checkpoint.CONFIG))
+    return preset(weights)
+
+
+def total(config: FunnelConfig, length: int) -> int:
+    return sum(part.flops for part in costs(config, length))
+
+
+def cost_table(config: FunnelConfig) -> str:
+    """A line a part of the model: layers, lengths, parameters, FLOPs, memory; with the shares of the whole."""
+    by_length = [costs(config, length) for length in LENGTHS]
+    rows = [("", "layers", *(f"at {n}" for n in LENGTHS), "parameters", "", *_pair("GFLOPs at"), *_pair("MiB at"))]
+    parameters = sum(part.parameters for part in by_length[0])
+    flops = [sum(part.flops for part in parts) for parts in by_length]
+    for part, *others in zip(*by_length, strict=True):
+        same = (part, *others)
+        layers = f"{part.layers}" + (f" x {part.runs // part.layers}" if part.runs > part.layers else "") if part.layers else ""
+        gflops = [f"{p.flops / 1e9:.3g} ({p.flops / f:.0%})" for p, f in zip(same, flops, strict=True)]
+        lengths = [str(p.length) if p.length else "" for p in same]
+        rows.append(
+            (part.name, layers, *lengths, f"{part.parameters:,}", f"{part.parameters / parameters:.0%}", *gflops, *_mib(same))
+        )
+    sums = [f"{f / 1e9:.3g}" for f in flops]
+    whole = [sum(part.activations for part in parts) for parts in by_length]
+    rows.append(("all", "", *("" for _ in LENGTHS), f"{parameters:,}", "", *sums, *(f"{w * 2 / 2**20:.3g}" for w in whole)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return (
+        "\n".join(line.rstrip() for line in lines)
+        + "\n\nMiB: what a training step keeps of one text for its backward pass, in bf16, about."
+    )
+
+
+def _pair(text: str) -> tuple[str, ...]:
+    return tuple(f"{text} {length}" for length in LENGTHS)
+
+
+def _mib(parts: tuple[Cost, ...]) -> list[str]:
+    return [f"{part.activations * 2 / 2**20:.3g}" for part in parts]
+
+
+def draw(config: FunnelConfig, path: Path) -> None:
+    """Draws the funnel: a bar a layer, as wide as the sequence is long there.
+
+    Raises:
+        FunnelError: matplotlib is not installed, or the picture cannot be written.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise FunnelError("--plot needs the extra plot: pip install -e '.[plot]'") from None
+    parts = [part for part in costs(config, LENGTHS[0]) if part.layers]
+    whole = sum(part.flops for part in parts)
+    figure, axis = plt.subplots(figsize=(7, 0.25 * sum(part.runs for part in parts) + 1.2), layout="constrained")
+    row, colors = 0, plt.get_cmap("viridis")
+    for number, part in enumerate(parts):
+        color = colors(0.15 + 0.7 * number / max(1, len(parts) - 1))
+        rows = range(row, row + part.runs)
+        axis.barh(rows, part.length, left=-part.length / 2, height=0.8, color=color)
+        note = (
+            f"{part.name}: length {part.length}, {part.parameters / 1e6:.3g} M weights, {part.flops / whole:.0%} of the FLOPs"
+        )
+        axis.text(LENGTHS[0] * 0.55, row + (part.runs - 1) / 2, note, va="center", fontsize=8)
+        row += part.runs
+    axis.invert_yaxis()
+    axis.set_axis_off()
+    axis.set_title(f"{config.layout}, {LENGTHS[0]} tokens", fontsize=10)
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise FunnelError(f"--plot {path}: cannot be written ({error})") from None
+    finally:
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
