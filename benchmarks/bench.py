@@ -71,6 +71,7 @@ def alternate(rounds: int, sides: dict[str, Side], same_memory: bool = False) ->
     for turn in range(rounds + 1):
         for name, side in sides.items():
             with memory_of("ours" if same_memory else name):
+                side()  # the memory that the side's setting keeps from call to call is there again
                 value = side()
             if turn:
                 results[name].append(value)
