@@ -66,26 +66,30 @@ def synchronize(device: torch.device) -> None:
 
 
 def alternate(rounds: int, sides: dict[str, Side], same_memory: bool = False) -> dict[str, list[float]]:
-    """Calls the sides in turn, `rounds` times each after one call that does not count, and collects what they return."""
+    """Calls the sides in turn, `rounds` times each, and collects what they return.
+
+    Each call that counts follows one that does not: by then a side has the memory again that its setting keeps.
+    """
     results: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, side in sides.items():
-            with memory_of("ours" if same_memory else name):
-                side()  # the memory that the side's setting keeps from call to call is there again
-                value = side()
-            if turn:
-                results[name].append(value)
+            set_memory(reuse=same_memory or name.startswith("ours"))
+            side()
+            results[name].append(side())
     return results
 
 
-@contextlib.contextmanager
-def memory_of(side: str) -> Iterator[None]:
-    """The memory setting that a side's user has: train.py's for ours, the C library's own for the other."""
-    training.reuse_memory(side.startswith("ours"))
-    if not side.startswith("ours"):
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)  # nor does it get what ours has kept
-    yield
+def set_memory(reuse: bool) -> None:
+    """Train.py's memory setting, or the C library's own, without what was kept under the former."""
+    training.reuse_memory(reuse)
+    if not reuse:
+        give_memory_back()
+
+
+def give_memory_back() -> None:
+    """Hands freed memory back to the system, where the C library can."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peer_of(model: FunnelForSequenceClassification) -> Any:
@@ -197,7 +201,8 @@ def forward(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             calls = callers(model, peer, inputs_of(shape, args.device))
             with torch.no_grad(), context(args.device, dtype):
                 sides = {name: timed(call, args.device) for name, call in calls.items()}
-                sides["ours: limit"] = limit_of(calls["ours"], args.device)
+                if args.kind == "forward":
+                    sides["ours: limit"] = limit_of(calls["ours"], args.device)
                 if args.compile:
                     sides |= {
                         f"{name}, compiled": timed(fast, args.device)
@@ -239,15 +244,23 @@ def stepper(
     """What a step of train.py does, with the same optimizer on both sides."""
     optimizer = torch.optim.AdamW(training.parameter_groups(module, 0.01), lr=1e-5, eps=1e-6, fused=True)
 
-    def run() -> None:
-        with training.autocast(device, dtype):
-            logits = call()
-        training.loss_function(logits, labels).backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    return lambda: train_step(call, module, optimizer, labels, device, dtype)
 
-    return run
+
+def train_step(
+    call: Callable[[], Tensor],
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    labels: Tensor,
+    device: torch.device,
+    dtype: str,
+) -> None:
+    with training.autocast(device, dtype):
+        logits = call()
+    training.loss_function(logits, labels).backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def latency(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -255,21 +268,28 @@ def latency(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     args.shapes, args.compile = [(1, 16)], True
     results: dict[str, list[float]] = {}
     for result in forward(args):
-        results |= {f"{name}, {result['dtype']}": values for name, values in result["seconds"].items() if "limit" not in name}
+        results |= {f"{name}, {result['dtype']}": values for name, values in result["seconds"].items()}
     yield {"what": "latency", "shape": (1, 16), "dtype": "any", "seconds": results}
 
 
 def memory(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Peak memory over the weights (and, for a step, the optimizer's state), each in a process of its own."""
+    """Peak memory over the weights, each in a process of its own; of a step, forward and backward, gradients counted.
+
+    The optimizer's state, 8 bytes a weight on either side, is not in it.
+    """
     for what, dtype, shape in (("forward", "fp32", (1, 4096)), ("step", "bf16", (8, 512)), ("step", "bf16", (32, 128))):
         peaks = {}
         for side in ("ours", "transformers"):
-            command = [sys.executable, "-m", "benchmarks.bench", "peak", "--side", side, "--what", what]
-            command += ["--dtypes", dtype, "--shapes", ",".join(map(str, shape)), "--blocks", args.blocks]
-            command += ["--device", args.device.type]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            peaks[side] = [int(done.stdout.split()[-1]) / 2**20]
+            peaks[side] = [peak_mib(side, what, dtype, shape, args.blocks, args.device)]
         yield {"what": f"memory, {what}", "shape": shape, "dtype": dtype, "MiB": peaks}
+
+
+def peak_mib(side: str, what: str, dtype: str, shape: tuple[int, int], blocks: str, device: torch.device) -> float:
+    """`peak` in a process of its own, in MiB."""
+    command = [sys.executable, "-m", "benchmarks.bench", "peak", "--side", side, "--what", what, "--dtypes", dtype]
+    command += ["--shapes", ",".join(map(str, shape)), "--blocks", blocks, "--device", device.type]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) / 2**20
 
 
 def peak(args: argparse.Namespace) -> int:
@@ -284,13 +304,12 @@ def peak(args: argparse.Namespace) -> int:
         call = callers(model, peer, inputs)[args.side]
         if args.what == "step":
             module.train()
-            optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
 
             def run() -> None:
                 with training.autocast(args.device, dtype):
                     logits = call()
                 training.loss_function(logits, inputs[3]).backward()
-                optimizer.zero_grad(set_to_none=True)
+                module.zero_grad(set_to_none=True)
 
             return run
 
@@ -307,8 +326,7 @@ def peak(args: argparse.Namespace) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_memory_back()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     run()
@@ -352,12 +370,8 @@ def epoch(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     short = max(0, 2 ** len(model.config.block_sizes) - batch.input_ids.shape[1])
                     ids, mask, types = (torch.nn.functional.pad(x, (0, short)) for x in batch[:3])
                     batch = Batch(ids, mask, types, batch.labels)
-                with training.autocast(args.device, dtype):
-                    logits = callers(model, peer, tuple(batch))[name]()
-                training.loss_function(logits, batch.labels).backward()
-                torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                call = callers(model, peer, tuple(batch))[name]
+                train_step(call, module, optimizer, batch.labels, args.device, dtype)
                 seen += len(index)
             synchronize(args.device)
             return seen / (time.perf_counter() - started)
@@ -395,10 +409,15 @@ def epoch(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def build(args: argparse.Namespace) -> tuple[FunnelForSequenceClassification, Any]:
     """Both sides' model, of the released small size in the wanted layout."""
     torch.manual_seed(0)
-    sizes, repeats = parse_layout(args.blocks or "4,4,4")
-    model = FunnelForSequenceClassification(FunnelConfig(block_sizes=sizes, block_repeats=repeats, num_decoder_layers=0))
+    model = FunnelForSequenceClassification(config_of(args.blocks or "4,4,4"))
     peer = peer_of(model)
     return model.eval().to(args.device), peer.eval().to(args.device)
+
+
+def config_of(layout: str) -> FunnelConfig:
+    """The released small size in another layout, without decoder."""
+    sizes, repeats = parse_layout(layout)
+    return FunnelConfig(block_sizes=sizes, block_repeats=repeats, num_decoder_layers=0)
 
 
 def device_name(device: torch.device) -> str:

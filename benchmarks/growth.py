@@ -10,25 +10,17 @@ a process of its own. Prints a Markdown table.
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks.bench import device_name, inputs_of, seconds
+from benchmarks.bench import config_of, device_name, inputs_of, peak_mib, seconds
 from funnel import training
-from funnel.config import FunnelConfig, parse_layout
-from funnel.cost import costs
+from funnel.cost import total_flops
 from funnel.heads import FunnelForSequenceClassification
 
 LAYOUTS = {"4,4,4": "4,4,4", "7 x 2": "2,2,2,2,2,2,2", "7 x 4": "4,4,4,4,4,4,4", "12 (no pooling)": "12"}
 LENGTHS = (16, 64, 256, 1024, 2048, 4096, 8192)
-
-
-def config_of(layout: str) -> FunnelConfig:
-    sizes, repeats = parse_layout(layout)
-    return FunnelConfig(block_sizes=sizes, block_repeats=repeats, num_decoder_layers=0)
 
 
 def measure(layout: str, length: int, device: torch.device) -> tuple[float, float, float]:
@@ -39,11 +31,8 @@ def measure(layout: str, length: int, device: torch.device) -> tuple[float, floa
     ids, mask, types, _ = inputs_of((1, length), device)
     with torch.no_grad():
         runs = [seconds(lambda: model(ids, mask, types), device) for _ in range(2 if length > 2000 else 4)][1:]
-    command = [sys.executable, "-m", "benchmarks.bench", "peak", "--side", "ours", "--what", "forward", "--dtypes", "fp32"]
-    command += ["--shapes", f"1,{length}", "--blocks", layout, "--device", device.type]
-    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    flops = sum(part.flops for part in costs(config, length))
-    return flops / 1e12, statistics.median(runs), peak / 2**20
+    memory = peak_mib("ours", "forward", "fp32", (1, length), layout, device)
+    return total_flops(config, length) / 1e12, statistics.median(runs), memory
 
 
 def draw(results: dict[str, dict[int, tuple[float, float, float]]], path: Path, machine: str) -> None:
@@ -59,7 +48,7 @@ def draw(results: dict[str, dict[int, tuple[float, float, float]]], path: Path, 
         axes[0].plot(lengths, [v[0] / speed for v in by_length.values()], ":", color=line.get_color())
         axes[1].plot(lengths, [max(v[2], 0.1) for v in by_length.values()], marker="o", label=name)
     for axis, title in zip(axes, ("seconds (dotted: FLOPs)", "MiB over the weights"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="tokens of the text", title=title, xticks=LENGTHS)
+        axis.set(xscale="log", yscale="log", xlabel="tokens of the text", title=title)
         axis.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
         axis.minorticks_off()
         axis.grid(alpha=0.3)

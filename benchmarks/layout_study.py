@@ -4,21 +4,23 @@
     python -m benchmarks.layout_study --out runs/study --report --plot docs/layout_study.png
 
 Each run is `train.py` as a user runs it, in a process of its own. A study that was stopped goes on where it stopped: runs
-that are done are skipped, a run that broke off is resumed. Prints a Markdown table: the mean and range over seeds of the
-last evaluation's accuracy, the collapsed runs (one class only), FLOPs of a text of the data's median length, minutes.
+that are done are skipped, a run that broke off is resumed. Prints a Markdown table: accuracy at the last
+evaluation (the mean over seeds, and each run's), FLOPs of a text of --length tokens, minutes.
 """
 
 import argparse
 import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funnel.config import FunnelConfig, parse_layout, read_json
-from funnel.cost import costs
+from funnel import checkpoint
+from funnel.config import parse_layout, read_json
+from funnel.cost import total_flops
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = [",".join([str(n)] * blocks) for n, counts in ((2, (3, 4, 5, 6, 7)), (4, (3, 5, 6, 7))) for blocks in counts]
@@ -49,8 +51,7 @@ def read(folder: Path, length: int) -> Result | None:
     if not last:
         return None
     rate = statistics.median(line["examples_per_second"] for line in lines if line["split"] == "train")
-    config = FunnelConfig.from_dict(read_json(folder / "last" / "config.json"), str(folder))
-    flops = sum(part.flops for part in costs(config, length, record["batch_size"]))
+    flops = total_flops(checkpoint.load_config(folder / "last"), length, record["batch_size"])
     seconds = record["steps"] * record["batch_size"] / rate
     return Result(record["blocks"], record["init"], record["seed"], last[0]["accuracy"], seconds, flops)
 
@@ -60,11 +61,10 @@ def run(folder: Path, layout: str, init: str, seed: int, args: argparse.Namespac
     command = [sys.executable, str(ROOT / "train.py"), "--task", args.task, "--weights", args.weights, "--blocks", layout]
     command += ["--data", str(args.data)] if args.data else []
     command += ["--init", init, "--seed", str(seed), "--lr", str(args.lr), "--epochs", str(args.epochs), "--out", str(folder)]
-    if (folder / "last").is_dir():
+    if checkpoint.is_checkpoint(folder / "last"):
         command.append("--resume")
     elif folder.exists():  # it broke off before its first checkpoint
-        for path in folder.iterdir():
-            path.unlink()
+        shutil.rmtree(folder)
     print("+", " ".join(command[1:]), flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
@@ -93,9 +93,9 @@ def draw(results: list[Result], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    series = {(init, name.count(",") and name[0]) for name, init in grouped(results)}
+    series = {(init, name.split(",")[0]) for name, init in grouped(results)}
     for init, per_block in sorted(series):
-        groups = [(k, g) for k, g in grouped(results).items() if k[1] == init and k[0][0] == per_block]
+        groups = [(k, g) for k, g in grouped(results).items() if k[1] == init and k[0].split(",")[0] == per_block]
         y = [statistics.mean(r.accuracy for r in g) * 100 for _, g in groups]
         for axis, x in (
             (axes[0], [g[0].flops / 1e6 for _, g in groups]),

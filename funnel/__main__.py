@@ -10,7 +10,7 @@ from pathlib import Path
 
 from funnel import checkpoint, layout
 from funnel.config import FunnelConfig, parse_layout, preset
-from funnel.cost import Cost, costs
+from funnel.cost import Cost, costs, total_flops
 from funnel.errors import FunnelError, exit_status
 
 LENGTHS = (128, 512)
@@ -43,7 +43,7 @@ def show_layout(args: argparse.Namespace) -> None:
     print(f"layout {new.layout}, width {new.d_model}, a classifier without decoder; from {args.weights} ({old.layout})\n")
     print(cost_table(new))
     for length in LENGTHS:
-        ratio = total(new, length) / total(old, length)
+        ratio = total_flops(new, length) / total_flops(old, length)
         print(f"\nFLOPs at {length}: {ratio:.2f} of {old.layout}", end="")
     print("\n\n" + "\n".join(f"layer {row}" for row in plan))
     if args.plot:
@@ -53,14 +53,7 @@ def show_layout(args: argparse.Namespace) -> None:
 
 def source_config(weights: str) -> FunnelConfig:
     """The config of a checkpoint folder, or of a released size."""
-    folder = Path(weights)
-    if folder.is_dir():
-        return FunnelConfig.from_dict(checkpoint.read_json(folder / checkpoint.CONFIG), str(folder / checkpoint.CONFIG))
-    return preset(weights)
-
-
-def total(config: FunnelConfig, length: int) -> int:
-    return sum(part.flops for part in costs(config, length))
+    return checkpoint.load_config(weights) if checkpoint.is_folder(Path(weights)) else preset(weights)
 
 
 def cost_table(config: FunnelConfig) -> str:

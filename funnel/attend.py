@@ -19,6 +19,7 @@ from funnel.dropout import dropout, keep_mask
 from funnel.errors import FunnelError
 
 TILE = 2**19  # scores in a tile of `tiled`
+TENSORS = 9  # fields of `Terms` that are tensors; the others follow them
 KEPT = 128  # keys: up to here a layer's weights take less memory than its other activations, and are kept for backward
 
 
@@ -80,7 +81,7 @@ def plain(terms: Terms, dropout_p: float) -> Tensor:
 def sdpa(terms: Terms, dropout_p: float) -> Tensor:
     """PyTorch's fused kernel for content, softmax and values; the other terms are its bias. Returns [b, q, h, c]."""
     bias = _relative(terms).masked_fill(~terms.key_mask[:, None, None], float("-inf"))
-    query, k, v = ((x.transpose(1, 2)) for x in (terms.q + terms.w_bias, terms.k, terms.v))
+    query, k, v = (x.transpose(1, 2) for x in (terms.q + terms.w_bias, terms.k, terms.v))
     context = F.scaled_dot_product_attention(query, k, v, attn_mask=bias.to(query), dropout_p=dropout_p, scale=1.0)
     return context.transpose(1, 2)
 
@@ -198,8 +199,8 @@ class _Tiled(torch.autograd.Function):
             v = x.v[tile.heads, tile.texts]
             part = torch.bmm(_dropped(weights, mask), v.flatten(0, 1)).unflatten(0, v.shape[:2])  # [g, b, q, c]
             context[tile.texts, tile.queries, tile.heads] = part.permute(1, 2, 0, 3)
-        ctx.save_for_backward(*terms[:9], *kept)
-        ctx.rest = (*terms[9:], dropout_p, seed)
+        ctx.save_for_backward(*terms[:TENSORS], *kept)
+        ctx.rest = (*terms[TENSORS:], dropout_p, seed)
         return context
 
     @staticmethod
@@ -207,8 +208,8 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         step, separate_cls, dropout_p, seed = ctx.rest
         saved = ctx.saved_tensors
-        terms = Terms._make([*saved[:9], step, separate_cls])
-        kept = iter(saved[9:])
+        terms = Terms._make([*saved[:TENSORS], step, separate_cls])
+        kept = iter(saved[TENSORS:])
         draw = _mask_source(terms.q, dropout_p, seed)
         x = _operands(terms)
         c = terms.q.shape[3]
@@ -226,7 +227,7 @@ class _Tiled(torch.autograd.Function):
 
         d_context = gradient.permute(2, 0, 1, 3)  # [h, b, q, c]
         for tile in _tiles(terms):
-            if len(saved) > 9:
+            if len(saved) > TENSORS:
                 weights, mask = next(kept), next(kept) if dropout_p else None
             else:
                 weights = _weights(tile, x, terms)

@@ -50,6 +50,23 @@ def load(folder: str | Path) -> Checkpoint:
         FunnelError: a file is missing or damaged, the format is another one, or a weight is not finite.
     """
     folder = existing(folder)
+    values = _own_config(folder)
+    config = FunnelConfig.from_dict(values, str(folder / CONFIG))
+    return Checkpoint(config, read_weights(folder / WEIGHTS), architecture(values))
+
+
+def load_config(folder: str | Path) -> FunnelConfig:
+    """Reads the config of a checkpoint folder of ours, without its weights.
+
+    Raises:
+        FunnelError: the file is missing or damaged, or the format is another one.
+    """
+    folder = existing(folder)
+    return FunnelConfig.from_dict(_own_config(folder), str(folder / CONFIG))
+
+
+def _own_config(folder: Path) -> dict[str, Any]:
+    """The values of a folder's config.json, once it is certain that they are in our format."""
     values = read_json(folder / CONFIG)
     if values.get("format") != FORMAT:
         raise FunnelError(
@@ -59,8 +76,7 @@ def load(folder: str | Path) -> Checkpoint:
     known = {*FunnelConfig().to_dict(), "format", "model_type", "architectures"}
     if unknown := sorted(set(values) - known):
         raise FunnelError(f"{folder / CONFIG}: unknown field {unknown[0]!r}; remove it or correct its name")
-    config = FunnelConfig.from_dict(values, str(folder / CONFIG))
-    return Checkpoint(config, read_weights(folder / WEIGHTS), architecture(values))
+    return values
 
 
 def architecture(values: Mapping[str, Any]) -> str:

@@ -98,6 +98,11 @@ def costs(config: FunnelConfig, length: int, texts: int = 1) -> list[Cost]:
     return parts
 
 
+def total_flops(config: FunnelConfig, length: int, texts: int = 1) -> int:
+    """FLOPs a text of the whole forward pass; arguments as in `costs`."""
+    return sum(part.flops for part in costs(config, length, texts))
+
+
 def available_memory() -> int | None:
     """Bytes of the machine's memory that are free for a new program, or None where the system does not say."""
     try:
