@@ -102,6 +102,8 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     )
     train_set = Dataset(train_examples, tokenizer, max_length)
     dev_set = Dataset(dev_examples, tokenizer, max_length)
+    some = train_set.batch(np.arange(min(64, len(train_set))))
+    layout.fit_norms(model, plan, some.input_ids, some.attention_mask, some.token_type_ids)
     model.to(device).train()
     model.set_gradient_checkpointing(args.gradient_checkpointing)
     forward = torch.compile(model, dynamic=True) if args.compile else model

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from funnel import checkpoint, layout
 from funnel.config import FunnelConfig, parse_layout, preset
-from funnel.cost import Cost, costs, total_flops
+from funnel.cost import costs, total_flops, total_parameters
 from funnel.errors import FunnelError, exit_status
 
 LENGTHS = (128, 512)
@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     show.add_argument("--blocks", help="layers in each block, as in 2,2,2,2 or 6,3x2,3x2 (default: as in the weights)")
     show.add_argument("--weights", default="small", help="a checkpoint folder of ours, or the name of a released size, as in "
                       "small, medium-base, xlarge (default: %(default)s)")  # fmt: skip
+    show.add_argument("--against", metavar="BLOCKS", help="layout of the same width to compare the cost with, as in 12 for a "
+                      "network that never pools (default: the weights' own)")  # fmt: skip
     show.add_argument("--init", choices=layout.INITS, default="identity", help="(default: %(default)s)")
     show.add_argument("--layout-plan", type=Path, help="JSON file with a plan, instead of --init")
     show.add_argument("--plot", type=Path, help="picture of the funnel to write (needs the extra plot)")
@@ -37,15 +39,14 @@ def show_layout(args: argparse.Namespace) -> None:
         FunnelError: layout, weights or plan cannot be read.
     """
     old = source_config(args.weights).replace(num_decoder_layers=0)
-    sizes, repeats = parse_layout(args.blocks) if args.blocks else (old.block_sizes, old.repeats)
-    new = old.replace(block_sizes=sizes, block_repeats=repeats)
+    new, other = (with_blocks(old, blocks) for blocks in (args.blocks, args.against))
     plan = layout.read_plan(args.layout_plan, old, new) if args.layout_plan else layout.make_plan(old, new, args.init)
     print(f"layout {new.layout}, width {new.d_model}, a classifier without decoder; from {args.weights} ({old.layout})\n")
     print(cost_table(new))
-    for length in LENGTHS:
-        ratio = total_flops(new, length) / total_flops(old, length)
-        print(f"\nFLOPs at {length}: {ratio:.2f} of {old.layout}", end="")
-    print("\n\n" + "\n".join(f"layer {row}" for row in plan))
+    flops = (f"{total_flops(new, length) / total_flops(other, length):.2f} of its FLOPs at {length}" for length in LENGTHS)
+    weights = total_parameters(new) / total_parameters(other)
+    print(f"\nagainst {other.layout}: {', '.join(flops)}, {weights:.2f} of its parameters\n")
+    print("\n".join(f"layer {row}" for row in plan))
     if args.plot:
         draw(new, args.plot)
         print(f"\nwrote {args.plot}")
@@ -56,23 +57,29 @@ def source_config(weights: str) -> FunnelConfig:
     return checkpoint.load_config(weights) if checkpoint.is_folder(Path(weights)) else preset(weights)
 
 
+def with_blocks(config: FunnelConfig, blocks: str | None) -> FunnelConfig:
+    """The config in the layout that `blocks` names, or as it is."""
+    sizes, repeats = parse_layout(blocks) if blocks else (config.block_sizes, config.repeats)
+    return config.replace(block_sizes=sizes, block_repeats=repeats)
+
+
 def cost_table(config: FunnelConfig) -> str:
     """A line a part of the model: layers, lengths, parameters, FLOPs, memory; with the shares of the whole."""
     by_length = [costs(config, length) for length in LENGTHS]
-    rows = [("", "layers", *(f"at {n}" for n in LENGTHS), "parameters", "", *_pair("GFLOPs at"), *_pair("MiB at"))]
-    parameters = sum(part.parameters for part in by_length[0])
+    rows = [("", "layers", *_heads("at"), "parameters", "", *_heads("GFLOPs at"), *_heads("MiB at"))]
+    parameters = total_parameters(config)
     flops = [sum(part.flops for part in parts) for parts in by_length]
+    kept = [sum(part.activations for part in parts) for parts in by_length]
     for part, *others in zip(*by_length, strict=True):
         same = (part, *others)
         layers = f"{part.layers}" + (f" x {part.runs // part.layers}" if part.runs > part.layers else "") if part.layers else ""
         gflops = [f"{p.flops / 1e9:.3g} ({p.flops / f:.0%})" for p, f in zip(same, flops, strict=True)]
         lengths = [str(p.length) if p.length else "" for p in same]
-        rows.append(
-            (part.name, layers, *lengths, f"{part.parameters:,}", f"{part.parameters / parameters:.0%}", *gflops, *_mib(same))
-        )
-    sums = [f"{f / 1e9:.3g}" for f in flops]
-    whole = [sum(part.activations for part in parts) for parts in by_length]
-    rows.append(("all", "", *("" for _ in LENGTHS), f"{parameters:,}", "", *sums, *(f"{w * 2 / 2**20:.3g}" for w in whole)))
+        mib = [f"{p.activations * 2 / 2**20:.3g} ({p.activations / k:.0%})" for p, k in zip(same, kept, strict=True)]
+        share = f"{part.parameters / parameters:.0%}"
+        rows.append((part.name, layers, *lengths, f"{part.parameters:,}", share, *gflops, *mib))
+    sums = [f"{f / 1e9:.3g}" for f in flops] + [f"{k * 2 / 2**20:.3g}" for k in kept]
+    rows.append(("all", "", *("" for _ in LENGTHS), f"{parameters:,}", "", *sums))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
@@ -84,12 +91,8 @@ def cost_table(config: FunnelConfig) -> str:
     )
 
 
-def _pair(text: str) -> tuple[str, ...]:
+def _heads(text: str) -> tuple[str, ...]:
     return tuple(f"{text} {length}" for length in LENGTHS)
-
-
-def _mib(parts: tuple[Cost, ...]) -> list[str]:
-    return [f"{part.activations * 2 / 2**20:.3g}" for part in parts]
 
 
 def draw(config: FunnelConfig, path: Path) -> None:

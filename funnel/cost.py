@@ -103,6 +103,11 @@ def total_flops(config: FunnelConfig, length: int, texts: int = 1) -> int:
     return sum(part.flops for part in costs(config, length, texts))
 
 
+def total_parameters(config: FunnelConfig) -> int:
+    """Weights of the whole model."""
+    return sum(part.parameters for part in costs(config, 1))
+
+
 def available_memory() -> int | None:
     """Bytes of the machine's memory that are free for a new program, or None where the system does not say."""
     try:
@@ -121,7 +126,7 @@ def check_memory(config: FunnelConfig, bytes_per_weight: int) -> None:
     Raises:
         FunnelError: its weights alone are more than what is free.
     """
-    parameters = sum(part.parameters for part in costs(config, 1))
+    parameters = total_parameters(config)
     needed, free = parameters * bytes_per_weight, available_memory()
     if free is not None and needed > free:
         raise FunnelError(

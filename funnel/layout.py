@@ -1,9 +1,11 @@
 """Another layout from the same weights: a plan that says where each new layer comes from, and its execution.
 
-Adding layers by copying others makes a deep network collapse; a new layer that starts as the identity does not. Such a
-layer's two output projections (`post_proj`, the feed-forward's second linear) start at zero and both of its LayerNorms
-start as the LayerNorm that feeds it, so it hands [cls] on almost unchanged (after Net2Net, arXiv 1511.05641, which
-deepens a network without changing its function; post-norm layers make that approximate).
+Adding layers by copying others makes a deep network collapse; a new layer that starts as the identity does not (after
+Net2Net, arXiv 1511.05641, which deepens a network without changing its function). Such a layer's two output projections
+(`post_proj`, the feed-forward's second linear) start at zero, which leaves its LayerNorms. A LayerNorm whose weight is one
+number s and whose bias is one number m hands on a state unchanged if the state's mean over its features is m and its
+deviation s. So both norms get such numbers: those that [cls] has on real texts (`fit_norms`). The first norm of a row of
+new layers evens out how texts differ in mean and deviation; after it, every further one changes nothing at all.
 """
 
 from collections.abc import Mapping
@@ -11,13 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funnel.config import FunnelConfig, read_json, write_json
 from funnel.errors import FunnelError
+from funnel.heads import Funnel
 
 INITS = ("identity", "copy", "random")
 STARTS = ("keep", *INITS)
+NORMS = ("attention.layer_norm", "ffn.layer_norm")
 
 
 class LayerPlan(NamedTuple):
@@ -132,8 +136,13 @@ def apply_plan(weights: Mapping[str, Tensor], plan: list[LayerPlan], fresh: Mapp
         plan: from `make_plan`.
         fresh: freshly drawn weights of the new layout, for random layers.
 
+    Raises:
+        FunnelError: the source has another width than the new layout.
+
     Returns:
-        Weights of the new layout. Nothing shares memory with `weights` or between layers.
+        Weights of the new layout. Nothing shares memory with `weights` or between layers. LayerNorms of identity layers
+        have the mean and deviation that states would have if all features had the same variance before the LayerNorm
+        that feeds them; `fit_norms` puts measured ones there.
     """
     result = {name: tensor.clone() for name, tensor in weights.items() if not name.startswith("encoder.blocks.")}
     feeding = "embeddings.layer_norm"  # the LayerNorm whose output the next layer reads
@@ -143,16 +152,56 @@ def apply_plan(weights: Mapping[str, Tensor], plan: list[LayerPlan], fresh: Mapp
             layer = _layer(fresh, target)
         else:
             layer = _layer(weights, f"encoder.blocks.{row.source[0]}.{row.source[1]}.")
+        for name, tensor in layer.items():
+            if tensor.shape != fresh[target + name].shape:
+                here, there = list(fresh[target + name].shape), list(tensor.shape)
+                raise FunnelError(f"layer {row}: {name} is {there} there and {here} here; the widths must be the same")
         if row.start == "identity":
             for name in ("attention.post_proj", "ffn.linear_2"):
                 for part in ("weight", "bias"):
                     layer[f"{name}.{part}"] = torch.zeros_like(layer[f"{name}.{part}"])
-            for norm in ("attention.layer_norm", "ffn.layer_norm"):
-                for part in ("weight", "bias"):
-                    layer[f"{norm}.{part}"] = result[f"{feeding}.{part}"].clone()
+            scale, shift = result[f"{feeding}.weight"], result[f"{feeding}.bias"]
+            mean = shift.mean()
+            deviation = (scale.square() + shift.square()).mean().sub(mean.square()).sqrt()
+            for norm in NORMS:
+                layer[f"{norm}.weight"] = torch.full_like(scale, float(deviation))
+                layer[f"{norm}.bias"] = torch.full_like(shift, float(mean))
         result |= {target + name: tensor for name, tensor in layer.items()}
         feeding = target + "ffn.layer_norm"
     return result
+
+
+@torch.no_grad()
+def fit_norms(
+    model: Funnel,
+    plan: list[LayerPlan],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+) -> None:
+    """Gives the LayerNorms of identity layers the mean and deviation over features that [cls] has where they stand.
+
+    Args:
+        model: with the weights that `apply_plan` made; changed in place.
+        plan: the same as there.
+        input_ids, attention_mask, token_type_ids: [b, l], some texts; mean and deviation are averages over them.
+    """
+
+    def fit(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        state = inputs[0][:, 0]  # [b, d]
+        norm.get_parameter("weight").fill_(float(state.std(1, correction=0).mean()))
+        norm.get_parameter("bias").fill_(float(state.mean()))
+
+    layers = [model.encoder.layers(row.block)[row.layer] for row in plan if row.start == "identity"]
+    hooks = [layer.get_submodule(norm).register_forward_pre_hook(fit) for layer in layers for norm in NORMS]
+    was_training = model.training
+    model.eval()
+    try:
+        model.encode(input_ids, attention_mask, token_type_ids)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
 
 
 def _layer(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -6,11 +6,15 @@ import pytest
 import torch
 from conftest import real_batch, tiny
 
+import convert_weights
 from funnel import cost
+from funnel.checkpoint import load_weights
 from funnel.config import parse_layout
+from funnel.convert import read_source
 from funnel.errors import FunnelError
 from funnel.heads import FunnelForSequenceClassification
-from funnel.layout import apply_plan, make_plan, read_plan, write_plan
+from funnel.layout import apply_plan, fit_norms, make_plan, read_plan, write_plan
+from funnel.tokenizer import FunnelTokenizer
 
 
 def with_layout(text, **more):
@@ -22,9 +26,10 @@ def plan(old, new, init="identity"):
     return [str(row) for row in make_plan(with_layout(old), with_layout(new), init)]
 
 
-def grow(model, text, init="identity", **more):
-    config = with_layout(text, **more)
-    grown = FunnelForSequenceClassification(config).eval()
+def grow(model, text, init="identity"):
+    sizes, repeats = parse_layout(text)
+    config = model.config.replace(block_sizes=sizes, block_repeats=repeats)
+    grown = FunnelForSequenceClassification(config).to(model.embeddings.word_embeddings.weight.dtype).eval()
     grown.load_state_dict(apply_plan(model.state_dict(), make_plan(model.config, config, init), grown.state_dict()))
     return grown
 
@@ -65,13 +70,95 @@ def test_unrolled_repeats_compute_the_same():
     torch.testing.assert_close(grow(model, "1,4")(*batch), model(*batch), rtol=0, atol=1e-6)
 
 
+def trained(text):
+    """A model whose LayerNorms have gains and biases, as training leaves them."""
+    torch.manual_seed(0)
+    model = FunnelForSequenceClassification(with_layout(text)).double().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layer_norm" in name:
+                weight += torch.randn_like(weight) * 0.3
+    return model
+
+
+def grow_and_fit(model, text):
+    grown = grow(model, text)
+    fit_norms(grown, make_plan(model.config, grown.config), *real_batch([30, 12]))
+    return grown
+
+
+def cls_of(model, batch):
+    return model.encode(*batch)[0][-1][:, 0]
+
+
 @pytest.mark.parametrize("text", ["2,3", "1,2,2", "3,3,2,2,2,2,2"])
 def test_layers_that_start_as_the_identity_keep_cls(text):
     """Exactly so where LayerNorms have no gain and bias: a LayerNorm of a normalised state changes nothing."""
     torch.manual_seed(0)
     model = FunnelForSequenceClassification(with_layout("1,2")).double().eval()
     batch = real_batch([40, 17, 5])
-    torch.testing.assert_close(grow(model, text).double()(*batch), model(*batch), rtol=0, atol=1e-6)
+    torch.testing.assert_close(grow(model, text)(*batch), model(*batch), rtol=0, atol=1e-6)
+
+
+def test_identity_layers_behind_trained_layer_norms_change_no_more_than_mean_and_deviation():
+    """Of [cls] in each text; and both stay what they are on average over the texts that the norms were fitted to."""
+    model, batch = trained("1,2"), real_batch([30, 12])
+    old, new = cls_of(model, batch), cls_of(grow_and_fit(model, "1,2,2"), batch)
+    centred = [state - state.mean(1, keepdim=True) for state in (old, new)]
+    torch.testing.assert_close(torch.cosine_similarity(*centred), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(new.mean(), old.mean())
+    torch.testing.assert_close(new.std(1).mean(), old.std(1).mean())
+
+
+@pytest.mark.parametrize(("text", "far"), [("2,2,2,2,2,2,2", 0.03), ("4,4,4", 0.1), ("4,4,4,4,4,4,4", 0.1)])
+def test_a_grown_minilm_computes_nearly_what_it_did(text, far, minilm):
+    """[cls] differs by 2 % where layers are added behind, by 6 % where some come between (it is 1 to 2.5 with copies)."""
+    source = read_source(minilm)
+    model = FunnelForSequenceClassification(source.config)
+    load_weights(model, source.weights, "MiniLM")
+    texts = ["a gorgeous , witty , seductive movie .", "it 's a charming and often affecting journey .", "dull ."]
+    texts += ["a sentence of words that the model has not seen often , let alone in this order", "no"]
+    encoded = [e.input_ids for e in FunnelTokenizer.load(minilm).encode(texts)]
+    width = max(map(len, encoded))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in encoded])
+    batch = ids, (ids != 0).long()
+    grown = grow(model.eval(), text)
+    fit_norms(grown, make_plan(source.config, grown.config), *batch)
+    with torch.no_grad():
+        old, new = cls_of(model, batch), cls_of(grown, batch)
+    assert ((new - old).norm(dim=1) / old.norm(dim=1)).mean() < far
+
+
+def test_any_number_of_identity_layers_changes_cls_as_one_does():
+    model, batch = trained("1,2"), real_batch([40, 17, 5])
+    one, many = (cls_of(grow_and_fit(model, text), batch) for text in ("1,2,1", "1,2,4,4,4,4,4"))
+    torch.testing.assert_close(many, one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["1,4", "2,2", "1,2,2,2"])
+def test_without_their_layer_norms_identity_layers_keep_cls_exactly(text):
+    model, batch = trained("1,2"), real_batch([40, 17, 5])
+    grown = grow(model, text)
+    for row in make_plan(model.config, grown.config):
+        if row.start == "identity":
+            layer = grown.encoder.layers(row.block)[row.layer]
+            layer.attention.layer_norm = layer.ffn.layer_norm = torch.nn.Identity()
+    torch.testing.assert_close(cls_of(grown, batch), cls_of(model, batch), rtol=0, atol=1e-12)
+
+
+def test_fitting_norms_leaves_other_layers_and_the_mode_alone():
+    model = trained("1,2").train()
+    config = with_layout("1,3")
+    grown = FunnelForSequenceClassification(config).double().train()
+    plan = make_plan(model.config, config)
+    grown.load_state_dict(apply_plan(model.state_dict(), plan, grown.state_dict()))
+    before = {name: weight.clone() for name, weight in grown.state_dict().items()}
+    fit_norms(grown, plan, *real_batch([9]))
+    changed = {name for name, weight in grown.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all(name.startswith("encoder.blocks.1.2.") and "layer_norm" in name for name in changed)
+    assert grown.training
+    assert not grown.encoder.blocks[1][2]._forward_pre_hooks
 
 
 def test_copied_layers_do_not_keep_cls():
@@ -79,6 +166,27 @@ def test_copied_layers_do_not_keep_cls():
     model = FunnelForSequenceClassification(with_layout("1,2")).eval()
     batch = real_batch([40, 17])
     assert (grow(model, "1,2,2", "copy")(*batch) - model(*batch)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("text", ["1,1", "3,2,2", "1,2,2,2,1", "2x2,1", "5"])
+def test_a_changed_layout_gives_the_same_logits_in_transformers(text, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra test")
+    grown = grow_and_fit(trained("1,2,1"), text).float()
+    grown.save_pretrained(tmp_path / "ours")
+    FunnelTokenizer.train(["a b"]).save(tmp_path / "ours")
+    assert convert_weights.main([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "huggingface"]) == 0
+    peer = transformers.FunnelForSequenceClassification.from_pretrained(tmp_path / "theirs").eval()
+    ids, mask, types = real_batch([32, 32])  # a length at which transformers pools as we do
+    with torch.no_grad():
+        theirs = peer(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+        torch.testing.assert_close(grown(ids, mask, types), theirs, rtol=0, atol=1e-5)
+
+
+def test_a_source_of_another_width_is_refused():
+    model, config = FunnelForSequenceClassification(with_layout("1")), with_layout("1,1", d_model=32)
+    fresh = FunnelForSequenceClassification(config).state_dict()
+    with pytest.raises(FunnelError, match=r"layer 0.0 keep of 0.0: attention.r_kernel is \[16, 2, 8\] there and \[32, 2, 8\] here"):
+        apply_plan(model.state_dict(), make_plan(model.config, config), fresh)
 
 
 def test_grown_layers_share_no_memory():

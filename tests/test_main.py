@@ -1,11 +1,13 @@
 """python -m funnel: what it prints and what it refuses."""
 
 import json
+import re
 
 import pytest
 from conftest import tiny
 
 from funnel.__main__ import main
+from funnel.config import preset
 from funnel.heads import FunnelForSequenceClassification
 
 
@@ -19,12 +21,28 @@ def test_layout_shows_costs_and_plan(capsys):
     assert f"{sum(p.numel() for p in model.parameters()):,}" in out
 
 
-def test_the_papers_shorter_models_cost_what_the_paper_says(capsys):
-    """Table 2: B6-3x2-3x2 has the FLOPs of B6-6-6 and the parameters of a 12-layer model."""
-    assert main(["layout", "--blocks", "6,3x2,3x2", "--weights", "medium"]) == 0
-    out = capsys.readouterr().out
-    assert "FLOPs at 128: 1.00 of 6,3x2,3x2" in out
-    assert "3 x 2" in out
+@pytest.mark.parametrize(
+    ("weights", "against", "paper", "ours_at_128", "ours_at_512"),
+    [
+        ("xlarge", "24", (0.73, 1.22), 0.75, 0.73),
+        ("large", "24", (0.58, 1.00), 0.60, 0.59),
+        ("intermediate", "12", (0.88, 1.39), 0.93, 0.91),
+        ("medium", "12", (0.88, 1.00), 0.93, 0.91),
+        ("small", "12", (0.58, 1.00), 0.62, 0.61),
+    ],
+)
+def test_the_papers_relative_costs(weights, against, paper, ours_at_128, ours_at_512, capsys):
+    """Table 2. The paper's FLOPs are the share of the positions at which layers run; ours also have the keys and values
+    that a pooling layer computes at the former length, and attention's scores."""
+    config = preset(weights)
+    shares = [r * n / 2**b for b, (n, r) in enumerate(zip(config.block_sizes, config.repeats, strict=True))]
+    assert sum(shares) / int(against) == pytest.approx(paper[0], abs=0.006)
+    assert main(["layout", "--weights", weights, "--against", against]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("against"))
+    at_128, at_512, parameters = (float(x) for x in re.findall(r"(\d+\.\d+) of", line))
+    assert (at_128, at_512) == (ours_at_128, ours_at_512)
+    assert paper[0] - 0.006 < at_512 <= at_128 < paper[0] + 0.06
+    assert parameters == pytest.approx(paper[1], abs=0.011)
 
 
 def test_layout_reads_a_checkpoint_and_a_plan(tmp_path, capsys):
@@ -40,6 +58,7 @@ def test_layout_reads_a_checkpoint_and_a_plan(tmp_path, capsys):
     ("arguments", "words"),
     [
         (("--blocks", "2,0"), "'0' is no block"),
+        (("--against", "0"), "'0' is no block"),
         (("--weights", "tiny"), "no such released model"),
         (("--layout-plan", "missing.json"), "missing.json"),
         (("--plot", "no/such/folder/funnel.png"), "cannot be written"),
