@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,9 +44,9 @@ from funnel import training
 from funnel.checkpoint import Checkpoint
 from funnel.config import FunnelConfig, parse_layout
 from funnel.convert import huggingface
-from funnel.data import Batch, Dataset
+from funnel.data import Batch, encode
 from funnel.heads import FunnelForSequenceClassification
-from funnel.tasks import get_task
+from funnel.tasks import get_task, locate
 
 SHAPES = "1,16 1,128 32,16 32,128 8,512 1,4096"
 Side = Callable[[], float]
@@ -346,13 +347,13 @@ def epoch(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """
     import transformers
 
-    task = get_task("sst2" if args.data else "demo")
-    examples, _ = task.load(args.data)
+    task = locate(get_task("sst2" if args.data else "demo"), args.data)
+    examples = task.files["train"]
     blocks = parse_layout(args.blocks) if args.blocks else None
-    model, tokenizer, *_ = train.start_model(args.weights, task, blocks, "identity", examples.texts)
+    model, tokenizer, *_ = train.start_model(args.weights, task, blocks, "identity", examples.texts_of_rows())
     peer, other = peer_of(model).train().to(args.device), peer_of(model).to(args.device)
     model.train().to(args.device)
-    dataset = Dataset(examples, tokenizer, task.max_length)
+    dataset = encode(examples, task.label_ids, tokenizer, task.max_length)
     dtype = training.choose_dtype(None, args.device, model.config.d_model)
     batches = dataset.training_batches(32, 0, 0)
 
@@ -380,16 +381,10 @@ def epoch(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     padded = []
     for row in range(args.trainer_steps * 32):
-        encoding = tokenizer.encode([examples.texts[row]], max_length=128)[0]
-        fill = 128 - len(encoding.input_ids)
-        padded.append(
-            {
-                "input_ids": encoding.input_ids + [tokenizer.pad_id] * fill,
-                "token_type_ids": encoding.token_type_ids + [0] * fill,
-                "attention_mask": [1] * len(encoding.input_ids) + [0] * fill,
-                "labels": examples.labels[row],
-            }
+        ids, mask, types, labels = (
+            torch.nn.functional.pad(x[0], (0, 128 - len(x[0]))) if x.dim() > 1 else x[0] for x in dataset.batch(np.array([row]))
         )
+        padded.append({"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "labels": labels})
 
     def usual() -> float:
         with tempfile.TemporaryDirectory() as folder:

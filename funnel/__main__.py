@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     show.add_argument("--against", metavar="BLOCKS", help="layout of the same width to compare the cost with, as in 12 for a "
                       "network that never pools (default: the weights' own)")  # fmt: skip
     show.add_argument("--init", choices=layout.INITS, default="identity", help="(default: %(default)s)")
+    show.add_argument("--keep", choices=layout.KEEPS, default="spread", help="which layers stay where the weights have more "
+                      "(default: %(default)s)")  # fmt: skip
     show.add_argument("--layout-plan", type=Path, help="JSON file with a plan, instead of --init")
     show.add_argument("--plot", type=Path, help="picture of the funnel to write (needs the extra plot)")
     args = parser.parse_args(arguments)
@@ -40,7 +42,9 @@ def show_layout(args: argparse.Namespace) -> None:
     """
     old = source_config(args.weights).replace(num_decoder_layers=0)
     new, other = (with_blocks(old, blocks) for blocks in (args.blocks, args.against))
-    plan = layout.read_plan(args.layout_plan, old, new) if args.layout_plan else layout.make_plan(old, new, args.init)
+    plan = (
+        layout.read_plan(args.layout_plan, old, new) if args.layout_plan else layout.make_plan(old, new, args.init, args.keep)
+    )
     print(f"layout {new.layout}, width {new.d_model}, a classifier without decoder; from {args.weights} ({old.layout})\n")
     print(cost_table(new))
     flops = (f"{total_flops(new, length) / total_flops(other, length):.2f} of its FLOPs at {length}" for length in LENGTHS)

@@ -1,9 +1,23 @@
-"""Reading files of examples, encoding them, and batching the result by length.
+"""Examples as ids: encoded once, kept on disk, and batched by length.
+
+Encoded examples lie in a cache folder as flat arrays, two bytes an id where the vocabulary allows, and are mapped into
+memory: what is needed of them is read when it is needed, and several processes share it. A cached file is used again
+if the content of the text file, the tokenizer, the maximal length and the labels are the same.
 
 Shapes: b texts, l tokens of the longest text in a batch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import tempfile
+import warnings
+import weakref
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,16 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funnel.errors import FunnelError
-from funnel.tokenizer import FunnelTokenizer
+from funnel.config import read_json, write_json
+from funnel.errors import FunnelError, one_line
+from funnel.reading import ExampleFile, Row
+from funnel.tokenizer import Encoding, FunnelTokenizer
 
-
-class Examples(NamedTuple):
-    """Texts as they stand in the file: `pairs` holds the second texts, or is None; `labels` are ids."""
-
-    texts: list[str]
-    pairs: list[str] | None
-    labels: list[int]
+CHUNK = 8192  # rows that are encoded at a time: the tokenizer works on them in parallel
+VERSION = 1  # of the cached files
 
 
 class Batch(NamedTuple):
@@ -28,7 +39,7 @@ class Batch(NamedTuple):
 
     Attributes:
         input_ids, attention_mask, token_type_ids: [b, l], int64.
-        labels: [b], int64.
+        labels: [b], int64 label ids, or float32 scores.
     """
 
     input_ids: Tensor
@@ -42,84 +53,72 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in pinned))
 
 
-def read_tsv(path: Path, text_columns: Sequence[str], label_column: str, labels: Mapping[str, int]) -> Examples:
-    """Reads a tab-separated file as GLUE writes them: a line of column names, no quoting.
+class Examples(NamedTuple):
+    """Examples that are no file: texts, their second texts or None, and labels as a file would have them."""
 
-    Args:
-        text_columns: names of one or two columns.
-        labels: ids of the labels as they stand in the file.
+    texts: list[str]
+    pairs: list[str] | None
+    labels: list[str]
 
-    Raises:
-        FunnelError: the file is missing or empty, a column is missing, a row has too many or too few fields, or its
-            label is unknown; the message has the line's number.
-    """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except FileNotFoundError:
-        raise FunnelError(f"{path}: no such file; --data takes a folder that has it") from None
-    except OSError as error:
-        raise FunnelError(f"{path}: cannot be read ({error.strerror})") from None
-    if lines[-1] == b"":
-        lines.pop()
-    if len(lines) < 2:
-        raise FunnelError(f"{path}: empty; it takes a line of column names and a line an example")
-    rows = (_fields(path, number, line) for number, line in enumerate(lines, 1))
-    names = next(rows)
-    if missing := [c for c in (*text_columns, label_column) if c not in names]:
-        raise FunnelError(f"{path}, line 1: no column {missing[0]!r}; it has {', '.join(names)}")
-    text_at = [names.index(c) for c in text_columns]
-    label_at = names.index(label_column)
-    texts: list[list[str]] = [[] for _ in text_columns]
-    ids = []
-    for number, fields in enumerate(rows, 2):
-        if len(fields) != len(names):
-            raise FunnelError(f"{path}, line {number}: {len(fields)} fields, but line 1 names {len(names)} columns")
-        if fields[label_at] not in labels:
-            raise FunnelError(f"{path}, line {number}: label {fields[label_at]!r} is none of {', '.join(labels)}")
-        for column, at in zip(texts, text_at, strict=True):
-            column.append(fields[at])
-        ids.append(labels[fields[label_at]])
-    return Examples(texts[0], texts[1] if len(texts) > 1 else None, ids)
+    def rows(self) -> Iterator[Row]:
+        pairs: Iterable[str | None] = self.pairs if self.pairs is not None else itertools.repeat(None, len(self.texts))
+        for number, (text, pair, label) in enumerate(zip(self.texts, pairs, self.labels, strict=True), 1):
+            yield Row(text, pair, label, number)
+
+    def texts_of_rows(self) -> Iterator[str]:
+        yield from itertools.chain(self.texts, self.pairs or [])
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()
+
+    def error(self, line: int | str, message: str) -> FunnelError:
+        return FunnelError(f"example {line}: {message}")
 
 
-def _fields(path: Path, number: int, line: bytes) -> list[str]:
-    try:
-        return line.removesuffix(b"\r").decode("utf-8").split("\t")
-    except UnicodeDecodeError as error:
-        raise FunnelError(f"{path}, line {number}: not UTF-8 text (byte {error.start} of the line)") from None
+class Cut(NamedTuple):
+    """What did not fit: how many texts were cut, how many of all tokens that lost, and how long the longest text is."""
+
+    texts: int
+    lost: int
+    tokens: int
+    longest: int
+
+    def __str__(self) -> str:
+        share = self.lost / max(1, self.tokens)
+        return f"{self.texts:,} texts are longer and were cut, which lost {share:.1%} of all tokens (longest: {self.longest:,})"
 
 
 class Dataset:
-    """Encoded examples, all ids in one flat array: what it holds in memory is the ids and little else.
-
-    Args:
-        examples: texts and labels.
-        tokenizer: encodes them.
-        max_length: tokens at most, special ones counted in; the rest of a longer text is cut.
+    """Encoded examples. `encode` makes one.
 
     Attributes:
-        cut: how many texts were too long.
+        lengths: [n], tokens of each example.
+        labels: [n], int32 label ids, or float32 scores.
+        cut: what did not fit.
     """
 
-    def __init__(self, examples: Examples, tokenizer: FunnelTokenizer, max_length: int) -> None:
-        ids, types, lengths = [], [], []
-        self.cut = 0
-        step = 4096  # encoded and packed piece by piece: Python lists of ids are many times larger than the arrays
-        for start in range(0, len(examples.texts), step):
-            pairs = None if examples.pairs is None else examples.pairs[start : start + step]
-            encoded = tokenizer.encode(examples.texts[start : start + step], pairs, max_length)
-            lengths += [len(e.input_ids) for e in encoded]
-            ids.append(np.concatenate([np.array(e.input_ids, dtype=np.int32) for e in encoded]))
-            types.append(np.concatenate([np.array(e.token_type_ids, dtype=np.int8) for e in encoded]))
-            self.cut += sum(e.cut for e in encoded)
-        self.lengths = np.array(lengths)
-        self.labels = np.array(examples.labels)
-        self.pad_id = tokenizer.pad_id
-        self._ids, self._types = np.concatenate(ids), np.concatenate(types)
-        self._starts = np.concatenate([[0], self.lengths.cumsum()])
+    def __init__(self, ids: np.ndarray, rows: Mapping[str, np.ndarray], cut: Cut, pad_id: int) -> None:
+        self._ids = ids
+        self._starts, self._seconds = rows["starts"], rows["seconds"]
+        self.lengths, self.labels = rows["lengths"], rows["labels"]
+        self.cut = cut
+        self.pad_id = pad_id
+
+    @classmethod
+    def of(cls, texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: FunnelTokenizer, max_length: int) -> "Dataset":
+        """Encodes texts without labels, in memory."""
+        encoded = tokenizer.encode(texts, pairs, max_length)
+        rows = _rows(encoded, pairs is not None) | {"labels": np.full(len(texts), -1, dtype=np.int32)}
+        rows["starts"] = np.concatenate([[0], rows["lengths"][:-1].cumsum(dtype=np.int64)])
+        return cls(_ids(encoded, np.int32), rows, Cut(0, 0, 0, 0), tokenizer.pad_id)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def subset(self, index: np.ndarray) -> "Dataset":
+        """Some of the rows, in the order given; the ids are shared."""
+        rows = {"starts": self._starts, "seconds": self._seconds, "lengths": self.lengths, "labels": self.labels}
+        return Dataset(self._ids, {name: array[index] for name, array in rows.items()}, self.cut, self.pad_id)
 
     def batch(self, index: np.ndarray) -> Batch:
         """Collects rows into a padded batch, [b, l] with l the longest row's length."""
@@ -128,11 +127,14 @@ class Dataset:
         types = np.zeros((len(index), width), dtype=np.int64)
         mask = np.zeros((len(index), width), dtype=np.int64)
         for row, i in enumerate(index):
-            start, end = self._starts[i], self._starts[i + 1]
-            ids[row, : end - start] = self._ids[start:end]
-            types[row, : end - start] = self._types[start:end]
-            mask[row, : end - start] = 1
-        return Batch(*(torch.from_numpy(array) for array in (ids, mask, types, self.labels[index])))
+            start, length = self._starts[i], self.lengths[i]
+            ids[row, :length] = self._ids[start : start + length]
+            types[row, self._seconds[i] : length] = 1
+            mask[row, :length] = 1
+        types[:, 0] = 2
+        labels = self.labels[index]
+        labels = labels.astype(np.int64) if labels.dtype == np.int32 else labels
+        return Batch(*(torch.from_numpy(array) for array in (ids, mask, types, labels)))
 
     def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """The batches of one epoch, as rows: shuffled, with texts of about one length together.
@@ -156,3 +158,154 @@ class Dataset:
         order = np.argsort(-self.lengths, kind="stable")
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
+
+    def split(self, share: float, seed: int) -> tuple["Dataset", "Dataset"]:
+        """Two datasets, the second with about `share` of the rows of every class (of all rows, for scores).
+
+        Raises:
+            FunnelError: one of them would be empty.
+        """
+        random = np.random.default_rng(seed)
+        is_score = self.labels.dtype == np.float32
+        groups = [np.arange(len(self))] if is_score else [np.flatnonzero(self.labels == c) for c in np.unique(self.labels)]
+        second: list[np.ndarray] = []
+        for group in groups:
+            second.append(random.permutation(group)[: round(len(group) * share)])
+        chosen = np.sort(np.concatenate(second))
+        if not 0 < len(chosen) < len(self):
+            raise FunnelError(
+                f"--dev-share {share:g} of {len(self)} examples leaves train or dev empty; name a file with --dev"
+            )
+        return self.subset(np.setdiff1d(np.arange(len(self)), chosen)), self.subset(chosen)
+
+
+def cache_folder() -> Path:
+    """Where encoded files and downloads are kept: $FUNNEL_CACHE, or funnel/ in the user's cache folder."""
+    if chosen := os.environ.get("FUNNEL_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "funnel"
+
+
+def encode(
+    source: ExampleFile | Examples, labels: Mapping[str, int] | None, tokenizer: FunnelTokenizer, max_length: int
+) -> Dataset:
+    """Reads and encodes examples, or takes what an earlier call left in the cache.
+
+    Args:
+        source: where the examples are.
+        labels: ids by what stands in the file; None for scores, which become numbers. Rows without a label get -1 (nan).
+        tokenizer: encodes them.
+        max_length: tokens at most, special ones counted in; the rest of a longer text is cut.
+
+    Raises:
+        FunnelError: the source has a mistake, a label is unknown or no number, or the file changed while it was read.
+    """
+    digest = source.digest()
+    key = [VERSION, digest, tokenizer.tokenizer.to_str(), max_length, labels and sorted(labels.items())]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    folder = cache_folder() / "encoded" / name
+    if (folder / "rows.npz").is_file():
+        try:
+            return _open(folder, tokenizer.pad_id)
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, FunnelError):  # damaged: it is made again
+            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part, is_kept = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=folder.parent)), True
+    except OSError as error:
+        warnings.warn(f"{folder.parent}: cannot be written ({one_line(error)}); encoded anew in every run", stacklevel=2)
+        part, is_kept = Path(tempfile.mkdtemp(prefix="funnel-")), False
+    try:
+        _write(part, source, labels, tokenizer, max_length)
+        if source.digest() != digest:
+            assert isinstance(source, ExampleFile)
+            raise FunnelError(f"{source.path}: changed while it was read; start again")
+        if is_kept:
+            try:
+                part.replace(folder)
+            except OSError:  # another process was faster
+                shutil.rmtree(part, ignore_errors=True)
+            return _open(folder, tokenizer.pad_id)
+        dataset = _open(part, tokenizer.pad_id)
+        weakref.finalize(dataset, shutil.rmtree, part, ignore_errors=True)
+        return dataset
+    except OSError as error:
+        raise FunnelError(
+            f"{part}: cannot be written ({one_line(error)}); $FUNNEL_CACHE names another folder for encoded texts"
+        ) from None
+    finally:
+        if is_kept:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(
+    folder: Path, source: ExampleFile | Examples, labels: Mapping[str, int] | None, tokenizer: FunnelTokenizer, max_length: int
+) -> None:
+    """Encodes a source piece by piece into the files of a folder."""
+    kind = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+    parts: dict[str, list[np.ndarray]] = {"lengths": [], "seconds": [], "labels": []}
+    cut_texts = lost = longest = 0
+    rows = source.rows()
+    with (folder / "ids.bin").open("wb") as file:
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            texts = [row.text for row in chunk]
+            pairs = None if chunk[0].pair is None else [row.pair or "" for row in chunk]
+            encoded = tokenizer.encode(texts, pairs, max_length)
+            file.write(_ids(encoded, kind).tobytes())
+            found = _rows(encoded, pairs is not None)
+            found["labels"] = np.array(
+                [_label(row, labels, source) for row in chunk], np.float32 if labels is None else np.int32
+            )
+            for name, array in found.items():
+                parts[name].append(array)
+            longest = max(longest, int(found["lengths"].max()))
+            if cut := [i for i, e in enumerate(encoded) if e.cut]:
+                whole = tokenizer.encode([texts[i] for i in cut], pairs and [pairs[i] for i in cut], 2**31 - 1)
+                lengths = [len(e.input_ids) for e in whole]
+                cut_texts, lost = cut_texts + len(cut), lost + sum(lengths) - int(found["lengths"][cut].sum())
+                longest = max(longest, *lengths)
+    arrays = {name: np.concatenate(pieces) for name, pieces in parts.items()}
+    arrays["starts"] = np.concatenate([[0], arrays["lengths"][:-1].cumsum(dtype=np.int64)])
+    np.savez(folder / "rows.npz", allow_pickle=False, **arrays)
+    tokens = int(arrays["lengths"].sum(dtype=np.int64)) + lost
+    write_json(folder / "about.json", {"ids": np.dtype(kind).name, "cut": [cut_texts, lost, tokens, longest]})
+
+
+def _ids(encoded: Sequence[Encoding], kind: type) -> np.ndarray:
+    return np.concatenate([np.array(e.input_ids, dtype=kind) for e in encoded])
+
+
+def _rows(encoded: Sequence[Encoding], are_pairs: bool) -> dict[str, np.ndarray]:
+    """Lengths, and where the second texts begin: at the first token of type 1."""
+    lengths = np.array([len(e.input_ids) for e in encoded], dtype=np.int32)
+    seconds = [e.token_type_ids.index(1) for e in encoded] if are_pairs else lengths
+    return {"lengths": lengths, "seconds": np.array(seconds, dtype=np.int32)}
+
+
+def _open(folder: Path, pad_id: int) -> Dataset:
+    about = read_json(folder / "about.json")
+    ids = np.memmap(folder / "ids.bin", dtype=about["ids"], mode="r")
+    with np.load(folder / "rows.npz") as file:
+        rows = dict(file)
+    if int(rows["starts"][-1]) + int(rows["lengths"][-1]) != len(ids):
+        raise FunnelError(f"{folder}: damaged")
+    return Dataset(ids, rows, Cut(*about["cut"]), pad_id)
+
+
+def _label(row: Row, labels: Mapping[str, int] | None, source: ExampleFile | Examples) -> float:
+    """A row's label id or score."""
+    if labels is None:
+        if row.label is None:
+            return math.nan
+        try:
+            score = float(row.label)
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise source.error(row.line, f"label {row.label!r} is no number")
+        return score
+    if row.label is None:
+        return -1
+    if row.label not in labels:
+        raise source.error(row.line, f"label {row.label!r} is none of {', '.join(labels)[:200]}")
+    return labels[row.label]

@@ -125,7 +125,7 @@ def examples(train: int = 24000, dev: int = 600, seed: int = 0) -> tuple[Example
 
 def _sentences(held_out: int, count: int, dice: random.Random) -> Examples:
     texts: list[str] = []
-    labels: list[int] = []
+    labels: list[str] = []
     seen = set()
     while len(texts) < count:
         # Plain statements are half of the training set: they teach what the words mean, the others how they combine.
@@ -146,5 +146,5 @@ def _sentences(held_out: int, count: int, dice: random.Random) -> Examples:
         if text not in seen:
             seen.add(text)
             texts.append(text)
-            labels.append(label)
+            labels.append(str(label))
     return Examples(texts, None, labels)

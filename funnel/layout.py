@@ -20,6 +20,7 @@ from funnel.errors import FunnelError
 from funnel.heads import Funnel
 
 INITS = ("identity", "copy", "random")
+KEEPS = ("spread", "first", "last")
 STARTS = ("keep", *INITS)
 NORMS = ("attention.layer_norm", "ffn.layer_norm")
 
@@ -43,34 +44,61 @@ class LayerPlan(NamedTuple):
         return f"{self.block}.{self.layer} {self.start}{origin}"
 
 
-def make_plan(old: FunnelConfig, new: FunnelConfig, init: str = "identity") -> list[LayerPlan]:
+def make_plan(old: FunnelConfig, new: FunnelConfig, init: str = "identity", keep: str = "spread") -> list[LayerPlan]:
     """Says for every layer of a new layout which old layer feeds it and how.
 
-    Old blocks keep their layers, in the order in which these run: 3x2 feeds 6 as 0,0,1,1,2,2, and 6 feeds 3x2 as 0,2,4.
-    A layer that the old block does not have starts as `init` says, with the weights of the block's last layer. Layer j
-    of a block that is new starts as `init` says, with the weights of layer j of the last old block. Layers and blocks
-    that the new layout has no place for are dropped from the end.
+    Layers count as they run: 3x2 feeds 6 as 0,0,1,1,2,2, and 6 feeds 3x2 as 0,2,4. Where the new layout only adds, old
+    blocks keep their layers; a layer that the old block does not have starts as `init` says, with the weights of the
+    block's last layer, and layer j of a new block with those of layer j of the last old block. Where the new layout has a
+    smaller block or fewer blocks, old layers keep their order but not their blocks, so that none is dropped to make room for
+    a new one: the first places take all of them (or, if there are too many, those that `keep` says), the others start as
+    `init` says, with the weights of the last one.
+
+    Copies are placed as the study did that began with them: old blocks keep their layers, whatever the new layout.
 
     Args:
         init: what new layers start as, one of `INITS`.
+        keep: which layers stay where there are too many, one of `KEEPS`: "spread" evenly from the first one on, the
+            "first", or the "last".
 
     Raises:
-        FunnelError: `init` is none of them.
+        FunnelError: `init` or `keep` is none of them.
     """
-    if init not in INITS:
-        raise FunnelError(f"--init {init!r}: it takes one of {', '.join(INITS)}")
+    for flag, value, allowed in (("--init", init, INITS), ("--keep", keep, KEEPS)):
+        if value not in allowed:
+            raise FunnelError(f"{flag} {value!r}: it takes one of {', '.join(allowed)}")
+    runs = [
+        [(block, run // repeats) for run in range(size * repeats)]
+        for block, (size, repeats) in enumerate(zip(old.block_sizes, old.repeats, strict=True))
+    ]  # of each old block: the layer of every run
+    wanted = [size * repeats for size, repeats in zip(new.block_sizes, new.repeats, strict=True)]
+    only_adds = len(wanted) >= len(runs) and all(n >= len(block) for n, block in zip(wanted, runs, strict=False))
+    if not only_adds and init != "copy":
+        ordered = [layer for block in runs for layer in block]
+        ordered = _kept(ordered, sum(wanted), keep)
+        ends = [sum(wanted[: block + 1]) for block in range(len(wanted))]
+        runs = [ordered[end - n : end] for end, n in zip(ends, wanted, strict=True)]
     plan = []
-    for block, size in enumerate(new.block_sizes):
-        source_block = min(block, len(old.block_sizes) - 1)
-        old_size = old.block_sizes[source_block]
+    last = [block for block in runs if block][-1]
+    for block, (size, repeats) in enumerate(zip(new.block_sizes, new.repeats, strict=True)):
+        mine = _kept(runs[block], wanted[block], keep) if block < len(runs) else []
         for layer in range(size):
-            run = layer * new.repeats[block]
-            source_layer = min(run // old.repeats[source_block], old_size - 1)
-            is_kept = block == source_block and run < old_size * old.repeats[source_block]
+            run = layer * repeats
+            is_kept = run < len(mine)
+            source = mine[run] if is_kept else (mine or last)[min(run, len(mine or last) - 1)]
             start = "keep" if is_kept else init
-            source = None if start == "random" else (source_block, source_layer)
-            plan.append(LayerPlan(block, layer, start, source))
+            plan.append(LayerPlan(block, layer, start, None if start == "random" else source))
     return plan
+
+
+def _kept(layers: list[tuple[int, int]], places: int, keep: str) -> list[tuple[int, int]]:
+    """The layers that stay where there are fewer places than layers."""
+    count = len(layers)
+    if count <= places:
+        return layers
+    if keep == "spread":
+        return [layers[i * count // places] for i in range(places)]
+    return layers[:places] if keep == "first" else layers[-places:]
 
 
 def write_plan(path: Path, plan: list[LayerPlan]) -> None:

@@ -106,7 +106,9 @@ def linear_schedule(total: int, warmup: float) -> Callable[[int], float]:
 
 
 def loss_function(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, the mean over a batch. logits [b, num_labels], labels [b]."""
+    """Cross-entropy for label ids, the squared error for scores; the mean over a batch. logits [b, outputs], labels [b]."""
+    if labels.is_floating_point():
+        return F.mse_loss(logits.float().squeeze(1), labels)
     return F.cross_entropy(logits.float(), labels)
 
 
@@ -130,16 +132,23 @@ def predict(model: nn.Module, dataset: Dataset, device: torch.device, dtype: str
 def evaluate(
     model: nn.Module, dataset: Dataset, metrics: tuple[str, ...], device: torch.device, dtype: str
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Loss and metrics over a dataset by name, and the predicted label ids."""
+    """Loss and metrics over a dataset by name, and the predicted label ids or scores."""
     logits = predict(model, dataset, device, dtype)
-    predictions = logits.argmax(1).numpy()
-    scores = {"loss": float(loss_function(logits, torch.from_numpy(dataset.labels)))}
+    is_score = dataset.labels.dtype == np.float32
+    predictions = logits[:, 0].numpy() if is_score else logits.argmax(1).numpy()
+    labels = torch.from_numpy(dataset.labels)
+    scores = {"loss": float(loss_function(logits, labels if is_score else labels.long()))}
     return scores | {name: METRICS[name](predictions, dataset.labels) for name in metrics}, predictions
 
 
+def is_better(score: float, best: float | None) -> bool:
+    """Whether a metric's value beats the best one so far. A measure without meaning (nan) beats nothing but no value."""
+    return best is None or score > best or (math.isnan(best) and not math.isnan(score))
+
+
 def one_class_warning(predictions: np.ndarray, labels: np.ndarray, config: FunnelConfig) -> str | None:
-    """A sentence for a model that has collapsed to one class while the data has several; None for any other."""
-    if len(np.unique(predictions)) > 1 or len(np.unique(labels)) == 1:
+    """A sentence for a classifier that has collapsed to one class while the data has several; None for any other."""
+    if config.problem_type == "regression" or len(np.unique(predictions)) > 1 or len(np.unique(labels)) == 1:
         return None
     share = float((labels == predictions[0]).mean())
     return (
@@ -251,7 +260,8 @@ class Run:
         part.replace(log)
 
     def log(self, **values: Any) -> None:
-        """Appends a line to metrics.jsonl."""
+        """Appends a line to metrics.jsonl. A measure without meaning (nan) becomes null there."""
+        values = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
         try:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")

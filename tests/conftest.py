@@ -65,6 +65,12 @@ def shared(path: str) -> Path:
     return SHARED / path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Encoded texts and downloads go into a folder of the test run, not of the user."""
+    os.environ["FUNNEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def minilm(tmp_path_factory) -> Path:
     """MiniLM-L6-H384: a BERT with real weights."""

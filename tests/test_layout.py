@@ -45,10 +45,32 @@ def grow(model, text, init="identity"):
         ("1", "1,1", "random", ["0.0 keep of 0.0", "1.0 random"]),
         ("2x2", "4", "identity", ["0.0 keep of 0.0", "0.1 keep of 0.0", "0.2 keep of 0.1", "0.3 keep of 0.1"]),
         ("4", "2x2", "identity", ["0.0 keep of 0.0", "0.1 keep of 0.2"]),
+        # fewer layers in all: evenly spread, in order, whatever block they come from
+        ("6", "3", "identity", ["0.0 keep of 0.0", "0.1 keep of 0.2", "0.2 keep of 0.4"]),
+        ("2,2,2", "1,1,1", "identity", ["0.0 keep of 0.0", "1.0 keep of 1.0", "2.0 keep of 2.0"]),
+        ("2,2,2", "2,2", "identity", ["0.0 keep of 0.0", "0.1 keep of 0.1", "1.0 keep of 1.1", "1.1 keep of 2.0"]),
+        # smaller blocks here, more there: all old layers keep their order, new ones come behind them
+        ("3", "1,1,1", "identity", ["0.0 keep of 0.0", "1.0 keep of 0.1", "2.0 keep of 0.2"]),
+        ("1,2", "3", "identity", ["0.0 keep of 0.0", "0.1 keep of 1.0", "0.2 keep of 1.1"]),
+        ("2,2", "1,2,2", "identity", ["0.0 keep of 0.0", "1.0 keep of 0.1", "1.1 keep of 1.0", "2.0 keep of 1.1",
+                                      "2.1 identity of 1.1"]),
+        ("2", "1,1,1,1", "random", ["0.0 keep of 0.0", "1.0 keep of 0.1", "2.0 random", "3.0 random"]),
+        # copies as in the study: blocks keep their own layers
+        ("2,2", "1,2,2", "copy", ["0.0 keep of 0.0", "1.0 keep of 1.0", "1.1 keep of 1.1", "2.0 copy of 1.0",
+                                  "2.1 copy of 1.1"]),
+        ("1,2x2", "1,1,2x2", "copy", ["0.0 keep of 0.0", "1.0 keep of 1.0", "2.0 copy of 1.0", "2.1 copy of 1.1"]),
     ],
 )  # fmt: skip
 def test_plans(old, new, init, expected):
     assert plan(old, new, init) == expected
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("first", "0.0 0.1 0.2"), ("last", "1.2 2.0 2.1"), ("spread", "0.0 0.2 1.2")])
+def test_which_layers_stay_is_a_choice(keep, kept):
+    rows = make_plan(with_layout("3,3,2"), with_layout("3"), keep=keep)
+    assert " ".join(str(row).split()[-1] for row in rows) == kept
+    with pytest.raises(FunnelError, match="--keep 'best': it takes one of spread, first, last"):
+        make_plan(with_layout("3"), with_layout("2"), keep="best")
 
 
 def test_an_unknown_init_is_an_error():
@@ -185,7 +207,9 @@ def test_a_changed_layout_gives_the_same_logits_in_transformers(text, tmp_path):
 def test_a_source_of_another_width_is_refused():
     model, config = FunnelForSequenceClassification(with_layout("1")), with_layout("1,1", d_model=32)
     fresh = FunnelForSequenceClassification(config).state_dict()
-    with pytest.raises(FunnelError, match=r"layer 0.0 keep of 0.0: attention.r_kernel is \[16, 2, 8\] there and \[32, 2, 8\] here"):
+    with pytest.raises(
+        FunnelError, match=r"layer 0.0 keep of 0.0: attention.r_kernel is \[16, 2, 8\] there and \[32, 2, 8\] here"
+    ):
         apply_plan(model.state_dict(), make_plan(model.config, config), fresh)
 
 

@@ -10,7 +10,7 @@ from conftest import tiny
 
 from funnel import demo, training
 from funnel.config import FunnelConfig
-from funnel.data import Dataset
+from funnel.data import encode
 from funnel.errors import FunnelError
 from funnel.heads import FunnelForSequenceClassification
 from funnel.tokenizer import FunnelTokenizer
@@ -44,7 +44,7 @@ def test_the_learning_rate_rises_and_falls_in_straight_lines():
 @pytest.fixture(scope="module")
 def dataset():
     examples = demo.examples(train=150, dev=10)[0]
-    return Dataset(examples, FunnelTokenizer.train(examples.texts), 30)
+    return encode(examples, {"0": 0, "1": 1}, FunnelTokenizer.train(examples.texts), 30)
 
 
 def test_predictions_come_in_the_order_of_the_dataset(dataset):

@@ -1,0 +1,206 @@
+"""A trained classifier at work: texts in, labels with probabilities out; from Python, or from file to file.
+
+classify = Classifier.load("runs/sst2-2,2,2-seed0")
+classify("a gorgeous , witty film")                     # Prediction(label='positive', probability=0.98, ...)
+"""
+
+import csv
+import gzip
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, TextIO, cast, overload
+
+from torch import Tensor
+from tqdm import tqdm
+
+from funnel import checkpoint, training
+from funnel.checkpoint import read_json
+from funnel.data import Dataset
+from funnel.errors import FunnelError, one_line
+from funnel.heads import FunnelForSequenceClassification
+from funnel.reading import ExampleFile, format_of
+from funnel.tasks import Task
+from funnel.tokenizer import FunnelTokenizer
+
+CHUNK = 4096  # texts that are in memory at a time
+
+
+class Prediction(NamedTuple):
+    """What a classifier says of a text.
+
+    Attributes:
+        label: name of the most probable class, or the score.
+        probability: of that class; None with scores.
+        probabilities: of every class by its name; empty with scores.
+    """
+
+    label: str | float
+    probability: float | None
+    probabilities: dict[str, float]
+
+
+class Classifier:
+    """A model with its tokenizer.
+
+    Args:
+        model: on its device.
+        tokenizer: the one that it was trained with.
+        max_length: tokens of a text at most.
+        dtype: of matrix products, a name in `training.DTYPES`.
+    """
+
+    def __init__(
+        self, model: FunnelForSequenceClassification, tokenizer: FunnelTokenizer, max_length: int = 512, dtype: str = "fp32"
+    ) -> None:
+        self.model, self.tokenizer, self.max_length, self.dtype = model.eval(), tokenizer, max_length, dtype
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | None = None, dtype: str | None = None) -> "Classifier":
+        """Loads a run's best checkpoint, or a checkpoint folder.
+
+        Args:
+            folder: of a run or of a checkpoint. Texts are cut at the length that the run was trained with (512 where
+                there is no run).
+            device, dtype: as `train.py --device` and `--dtype`; None for the fastest there.
+
+        Raises:
+            FunnelError: the folder has no classifier, or the device is not there.
+        """
+        path = Path(folder)
+        run = path if (path / "run.json").is_file() else path.parent
+        if run == path:
+            path = checkpoint.existing(path / "best")
+        max_length = 512
+        if (run / "run.json").is_file():
+            with suppress(KeyError, TypeError, ValueError):
+                max_length = int(read_json(run / "run.json")["settings"]["max_length"])
+        saved = checkpoint.load(path)
+        if saved.architecture != FunnelForSequenceClassification.__name__:
+            raise FunnelError(f"{path}: holds a {saved.architecture}, not a classifier; train.py makes one of it")
+        model = FunnelForSequenceClassification(saved.config)
+        checkpoint.load_weights(model, saved.weights, str(path))
+        place = training.choose_device(device)
+        tokenizer = FunnelTokenizer.load(path).fitting(saved.config.vocab_size, path)
+        return cls(model.to(place), tokenizer, max_length, training.choose_dtype(dtype, place, saved.config.d_model))
+
+    @overload
+    def __call__(self, texts: str, pairs: str | None = None) -> Prediction: ...
+    @overload
+    def __call__(self, texts: list[str], pairs: list[str] | None = None) -> list[Prediction]: ...
+    def __call__(self, texts: str | list[str], pairs: str | list[str] | None = None) -> Prediction | list[Prediction]:
+        """Predicts for a text, or for a list of them in its order; `pairs` are second texts."""
+        if isinstance(texts, str):
+            return self([texts], [pairs] if isinstance(pairs, str) else None)[0]
+        if not texts:
+            return []
+        return [self.prediction(row) for row in self.logits(texts, None if pairs is None else list(pairs))]
+
+    def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tensor:
+        """[texts, outputs], float32 on the CPU; texts of one length go through the model together."""
+        dataset = Dataset.of(texts, pairs, self.tokenizer, self.max_length)
+        return training.predict(self.model, dataset, self.device, self.dtype)
+
+    def prediction(self, logits: Tensor) -> Prediction:
+        """What one text's logits, [outputs], mean."""
+        config = self.model.config
+        if config.problem_type == "regression":
+            return Prediction(float(logits[0]), None, {})
+        probabilities = {config.id2label[i]: p for i, p in enumerate(logits.double().softmax(0).tolist())}
+        best = config.id2label[int(logits.argmax())]
+        return Prediction(best, probabilities[best], probabilities)
+
+    def of_file(self, source: ExampleFile) -> Iterator[Prediction]:
+        """Predictions for a file of texts, row by row.
+
+        Raises:
+            FunnelError: the file has a mistake.
+        """
+        rows = source.rows()
+        with tqdm(desc=source.path.name, unit="text", disable=None, dynamic_ncols=True) as bar:
+            while chunk := list(itertools.islice(rows, CHUNK)):
+                pairs = None if chunk[0].pair is None else [row.pair or "" for row in chunk]
+                for row in self.logits([row.text for row in chunk], pairs):
+                    yield self.prediction(row)
+                bar.update(len(chunk))
+
+
+def write_predictions(predictions: Iterator[Prediction], path: Path) -> int:
+    """Writes predictions with all probabilities into a .csv, .tsv or .jsonl file (.gz behind it packs it).
+
+    A row a text, in the texts' order, with its number from 0 on. Returns how many there are.
+
+    Raises:
+        FunnelError: the file cannot be written, or its name says no format.
+    """
+    kind = format_of(path)
+    if not kind:
+        raise FunnelError(f"{path}: predictions go to a .csv, .tsv or .jsonl file")
+    part = path.with_name(path.name + ".part")
+    count = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with cast(TextIO, (gzip.open if path.suffix == ".gz" else open)(part, "wt", encoding="utf-8", newline="")) as file:
+            put = _json_writer(file) if kind == "jsonl" else _table_writer(file, kind)
+            for count, prediction in enumerate(predictions, 1):
+                put(count - 1, prediction)
+        part.replace(path)
+    except OSError as error:
+        raise FunnelError(f"{path}: cannot be written ({one_line(error)})") from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+    return count
+
+
+def _json_writer(file: TextIO) -> Callable[[int, Prediction], None]:
+    def put(number: int, prediction: Prediction) -> None:
+        values = {"index": number, "label": prediction.label}
+        more = {} if prediction.probability is None else {"probabilities": prediction.probabilities}
+        file.write(json.dumps(values | more, ensure_ascii=False) + "\n")
+
+    return put
+
+
+def _table_writer(file: TextIO, kind: str) -> Callable[[int, Prediction], None]:
+    writer = csv.writer(file, lineterminator="\n")
+
+    def write(fields: list[str]) -> None:
+        if kind == "csv":
+            writer.writerow(fields)
+        else:  # no quoting there
+            file.write("\t".join(" ".join(field.split()) for field in fields) + "\n")
+
+    def put(number: int, prediction: Prediction) -> None:
+        if number == 0:
+            write(["index", "label", *(f"probability of {name}" for name in prediction.probabilities)])
+        label = prediction.label if isinstance(prediction.label, str) else f"{prediction.label:.6g}"
+        write([str(number), label, *(f"{p:.6f}" for p in prediction.probabilities.values())])
+
+    return put
+
+
+def write_submission(classifier: Classifier, task: Task, folder: Path) -> list[Path]:
+    """Writes a task's answers for its unlabelled files as the GLUE server takes them, and returns the files.
+
+    Raises:
+        FunnelError: a file of texts is missing or has a mistake, or the answers cannot be written.
+    """
+    written = None if task.labels is None else dict(zip(task.labels.values(), task.labels, strict=True))
+    paths = []
+    for name, source in task.tests.items():
+        answers = ["index\tprediction"]
+        for number, prediction in enumerate(classifier.of_file(source)):
+            score = prediction.label if written is None else written[str(prediction.label)]
+            answer = f"{min(max(float(score), 0), 5):.3f}" if written is None else score  # STS-B's go from 0 to 5
+            answers.append(f"{number}\t{answer}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.tsv").write_text("\n".join(answers) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise FunnelError(f"--glue-submission {folder}: cannot be written ({one_line(error)})") from None
+        paths.append(folder / f"{name}.tsv")
+    return paths

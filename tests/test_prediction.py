@@ -1,0 +1,214 @@
+"""A trained classifier at work."""
+
+import csv
+import gzip
+import json
+import re
+
+import pytest
+import torch
+from conftest import tiny
+
+import train
+from funnel import prediction
+from funnel.errors import FunnelError
+from funnel.heads import FunnelForMaskedLM, FunnelForSequenceClassification
+from funnel.prediction import Classifier, Prediction, write_predictions, write_submission
+from funnel.reading import ExampleFile
+from funnel.tasks import TASKS, locate
+from funnel.tokenizer import FunnelTokenizer
+
+WORDS = ["good", "bad", "film", "a", "the", "very", "not"]
+TEXTS = ["", "a good film", "the very bad film " * 9, "good"] * 3
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A random classifier with three classes, and its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = FunnelTokenizer.train([" ".join(WORDS)] * 5)
+    labels = {0: "no", 1: 'yes, "really"', 2: "a\tb"}
+    config = tiny(vocab_size=tokenizer.vocab_size, num_decoder_layers=0, id2label=labels)
+    FunnelForSequenceClassification(config).save_pretrained(tmp_path / "run/best")
+    tokenizer.save(tmp_path / "run/best")
+    return tmp_path / "run/best"
+
+
+def expected(checkpoint, text, pair=None):
+    """The probabilities of one text, computed alone."""
+    model = FunnelForSequenceClassification.from_pretrained(checkpoint)
+    encoding = FunnelTokenizer.load(checkpoint).encode([text], None if pair is None else [pair])[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([encoding.input_ids]), None, torch.tensor([encoding.token_type_ids]))
+    return logits[0].double().softmax(0).tolist()
+
+
+def test_texts_come_back_in_their_order_with_all_probabilities(checkpoint):
+    classify = Classifier.load(checkpoint)
+    found = classify(TEXTS)
+    for text, one in zip(TEXTS, found, strict=True):
+        probabilities = expected(checkpoint, text)
+        assert list(one.probabilities.values()) == pytest.approx(probabilities, abs=1e-6)
+        assert one.probability == max(one.probabilities.values()) == one.probabilities[one.label]
+    assert classify([]) == []
+
+
+def test_a_single_text_and_pairs(checkpoint):
+    classify = Classifier.load(checkpoint)
+    one = classify("a good film", "not bad")
+    assert isinstance(one, Prediction)
+    assert list(one.probabilities.values()) == pytest.approx(expected(checkpoint, "a good film", "not bad"), abs=1e-6)
+    assert classify(["a good film"], ["not bad"])[0].label == one.label
+
+
+def test_texts_are_cut_as_in_training(checkpoint):
+    (checkpoint.parent / "run.json").write_text(json.dumps({"settings": {"max_length": 6}}))
+    for folder in (checkpoint, checkpoint.parent):
+        classify = Classifier.load(folder)
+        assert classify("a good film a bad") == classify("a good film a good")
+    (checkpoint.parent / "run.json").unlink()
+    assert Classifier.load(checkpoint)("a good film a bad") != Classifier.load(checkpoint)("a good film a good")
+
+
+def test_what_is_no_classifier_is_refused(checkpoint, tmp_path):
+    FunnelForMaskedLM(tiny()).save_pretrained(tmp_path / "lm")
+    with pytest.raises(FunnelError, match="holds a FunnelForMaskedLM, not a classifier"):
+        Classifier.load(tmp_path / "lm")
+    with pytest.raises(FunnelError, match="none"):
+        Classifier.load(tmp_path / "none")
+
+
+def read_back(path):
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8", newline="") as file:
+        if ".jsonl" in path.name:
+            return [(row["label"], list(row["probabilities"].values())) for row in map(json.loads, file)]
+        rows = list(csv.reader(file)) if ".csv" in path.name else [line.rstrip("\n").split("\t") for line in file]
+    assert [row[0] for row in rows[1:]] == [str(i) for i in range(len(rows) - 1)]
+    return [(row[1], [float(p) for p in row[2:]]) for row in rows[1:]]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.tsv", "out.jsonl", "out.jsonl.gz", "out.csv.gz"])
+@pytest.mark.parametrize("source", ["in.csv", "in.jsonl"])
+def test_a_file_of_texts_becomes_a_file_of_predictions(checkpoint, tmp_path, monkeypatch, source, name):
+    monkeypatch.setattr(prediction, "CHUNK", 5)
+    with (tmp_path / source).open("w", newline="") as file:
+        if source == "in.csv":
+            csv.writer(file).writerows([["id", "text"], *([i, t] for i, t in enumerate(TEXTS))])
+        else:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    classify = Classifier.load(checkpoint)
+    assert write_predictions(classify.of_file(ExampleFile(tmp_path / source, ("text",))), tmp_path / "new" / name) == len(TEXTS)
+    for (label, probabilities), one in zip(read_back(tmp_path / "new" / name), classify(TEXTS), strict=True):
+        assert label.split() == str(one.label).split()
+        assert probabilities == pytest.approx(list(one.probabilities.values()), abs=1e-6)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
+
+
+def test_a_mistake_in_the_file_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction, "CHUNK", 1)
+    (tmp_path / "in.tsv").write_text("text\tmore\na\tb\nc\n")
+    with pytest.raises(FunnelError, match=r"in.tsv, line 3: 1 fields"):
+        write_predictions(
+            Classifier.load(checkpoint).of_file(ExampleFile(tmp_path / "in.tsv", ("text",))), tmp_path / "out.tsv"
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("name", ["sst2", "stsb", "mnli"])
+def test_answers_for_the_glue_server(name, checkpoint, tmp_path):
+    """As its FAQ has them: a line of names, the row's number and the label as it stands in the training file."""
+    texts = TASKS[name].columns
+    folder = tmp_path / "data"
+    folder.mkdir()
+    task = TASKS[name]
+    for file in task.files.values():
+        (folder / file.path).write_text("")
+    for file in task.tests.values():
+        header = "\t".join(["index", *texts])
+        (folder / file.path).write_text(
+            header + "\n" + "".join(f"{i}\t" + "\t".join(["a good film"] * len(texts)) + "\n" for i in range(3))
+        )
+    tokenizer = FunnelTokenizer.load(checkpoint)
+    labels = {0: "score"} if task.labels is None else dict(enumerate(task.labels.values()))
+    problem = "regression" if task.labels is None else "single_label_classification"
+    config = tiny(vocab_size=tokenizer.vocab_size, num_decoder_layers=0, id2label=labels, problem_type=problem)
+    model = FunnelForSequenceClassification(config)
+    classify = Classifier(model, tokenizer)
+    if task.labels is None:
+        with torch.no_grad():
+            model.classifier.linear_out.bias += 7  # beyond the scale
+    paths = write_submission(classify, locate(task, folder), tmp_path / "answers")
+    names = {"sst2": ["SST-2.tsv"], "stsb": ["STS-B.tsv"], "mnli": ["AX.tsv", "MNLI-m.tsv", "MNLI-mm.tsv"]}[name]
+    assert sorted(path.name for path in paths) == names
+    for path in paths:
+        header, *rows = path.read_text().splitlines()
+        assert header == "index\tprediction"
+        assert [row.split("\t")[0] for row in rows] == ["0", "1", "2"]
+        answers = {row.split("\t")[1] for row in rows}
+        assert answers == {"5.000"} if task.labels is None else answers <= task.labels.keys()
+
+
+def run(tmp_path, *arguments):
+    shared_arguments = ["--weights", "none", "--blocks", "1,1", "--epochs", "2", "--batch-size", "8", "--lr", "1e-3"]
+    return train.main([*arguments, *shared_arguments, "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("kind", ["classes", "scores", "pairs"])
+def test_own_data_is_trained_evaluated_and_predicted(tmp_path, kind, capsys):
+    sign = {True: {"classes": "good", "scores": 1.5, "pairs": "yes"}, False: {"classes": "bad", "scores": -1, "pairs": "no"}}
+    rows = [
+        {"review": f"a {'good' if i % 2 else 'bad'} film", "then": "very", "stars": sign[bool(i % 2)][kind]} for i in range(60)
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ["--text-column", "review", "--label-column", "stars"] + ["--text-pair-column", "then"] * (kind == "pairs")
+    assert run(tmp_path, "--data", str(tmp_path / "mine.jsonl"), *columns, "--predict", str(tmp_path / "mine.jsonl")) == 0
+    out = capsys.readouterr().out
+    assert "54 texts to train on, 6 in dev" in out
+    config = json.loads((tmp_path / "run/best/config.json").read_text())
+    if kind == "scores":
+        assert "regression" in out
+        assert config["problem_type"] == "regression"
+        assert "pearson" in out
+    else:
+        names = sorted({row["stars"] for row in rows})
+        assert config["id2label"] == dict(zip("01", names, strict=True))
+        assert config["label2id"] == dict(zip(names, (0, 1), strict=True))
+        assert f"{names[0]} (30), {names[1]} (30)" in out
+    predictions = [json.loads(line) for line in (tmp_path / "run/predictions-mine.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in predictions] == list(range(60))
+    assert all(("probabilities" in row) == (kind != "scores") for row in predictions)
+
+
+def test_glue_answers_after_training(tmp_path, capsys):
+    for name, label in (("train", "\t1\nbad\t0\ngood\t1\n"), ("dev", "\t1\nbad\t0\n")):
+        (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\ngood film" + label)
+    (tmp_path / "test.tsv").write_text("index\tsentence\n0\ta good film\n1\t\n")
+    arguments = ["--task", "sst2", "--data", str(tmp_path), "--glue-submission", str(tmp_path / "answers")]
+    assert run(tmp_path, *arguments, "--predict", str(tmp_path / "test.tsv")) == 0
+    assert len((tmp_path / "answers/SST-2.tsv").read_text().splitlines()) == 3
+    assert len((tmp_path / "run/predictions-test.tsv").read_text().splitlines()) == 3
+    assert "2 predictions in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "{}/own.csv", "--task", "sst2"], "takes a folder for --data; for a file of your own leave --task out"),
+        (["--data", "{}/none.csv"], "none.csv: no such file"),
+        (["--dev", "x.csv"], "--dev: belongs to a file of your own"),
+        (["--label-column", "x"], "--label-column: belongs to a file of your own"),
+        (["--data", "{}/own.csv", "--dev", "{}/dev.csv"], "dev.csv, line 2: label 'c' is none of a, b"),
+        (["--data", "{}/own.csv", "--dev-share", "0.01"], "--dev-share 0.01 of 4 examples leaves"),
+        (["--data", "{}/own.csv", "--predict", "{}/own.txt"], "--predict .*own.txt: it takes a .tsv, .csv or .jsonl file"),
+        (["--glue-submission", "x"], "demo is no task of GLUE"),
+    ],
+)
+def test_mistakes_in_own_data_are_one_line_and_start_nothing(tmp_path, arguments, words, capsys):
+    (tmp_path / "own.csv").write_text("text,label\nx,a\ny,b\nz,a\nw,b\n")
+    (tmp_path / "dev.csv").write_text("text,label\nx,c\n")
+    assert run(tmp_path, *(argument.format(tmp_path) for argument in arguments)) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(words, error), error
+    assert "\n" not in error
+    assert not (tmp_path / "run").exists()
