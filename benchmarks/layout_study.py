@@ -1,28 +1,30 @@
 """Do more blocks help? Fine-tunes one model in many layouts, from copied and from identity layers, with several seeds.
 
-    python -m benchmarks.layout_study --data GLUE/SST-2 --weights weights/minilm --out runs/study
-    python -m benchmarks.layout_study --out runs/study --report --plot docs/layout_study.png
+    python -m benchmarks.layout_study --data GLUE/SST-2 --weights weights/minilm --out runs/study --jobs 2
+    python -m benchmarks.layout_study --report --plot docs/layout_study.png
 
-Each run is `train.py` as a user runs it, in a process of its own. A study that was stopped goes on where it stopped: runs
-that are done are skipped, a run that broke off is resumed. Prints a Markdown table: accuracy at the last
-evaluation (the mean over seeds, and each run's), FLOPs of a text of --length tokens, minutes.
+Each run is `train.py` as a user runs it, in a process of its own. What it came to is a line of --results, which is kept with
+the project; runs that have a line there are skipped, and one that broke off is resumed. Prints a Markdown table: accuracy
+at the last evaluation (the mean over seeds, and each run's), FLOPs of a text of --length tokens, minutes.
 """
 
 import argparse
-import itertools
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from funnel import checkpoint
 from funnel.config import parse_layout, read_json
 from funnel.cost import total_flops
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "layout_study.jsonl"
 LAYOUTS = [",".join([str(n)] * blocks) for n, counts in ((2, (3, 4, 5, 6, 7)), (4, (3, 5, 6, 7))) for blocks in counts]
 
 
@@ -32,32 +34,26 @@ class Result(NamedTuple):
     layout: str
     init: str
     seed: int
+    epochs: float
     accuracy: float
     seconds: float
     flops: float
 
 
-def folder_of(out: Path, layout: str, init: str, seed: int) -> Path:
-    return out / f"{layout.replace(',', '-')}_{init}_seed{seed}"
-
-
-def read(folder: Path, length: int) -> Result | None:
-    """A finished run's result; None for one that is not there or not done."""
-    if not (folder / "metrics.jsonl").is_file():
-        return None
+def read(folder: Path, length: int) -> Result:
+    """What a run in a folder came to."""
     record = read_json(folder / "run.json")["settings"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["split"] == "dev" and line["step"] == record["steps"]]
-    if not last:
-        return None
+    last = next(line for line in lines if line["split"] == "dev" and line["step"] == record["steps"])
     rate = statistics.median(line["examples_per_second"] for line in lines if line["split"] == "train")
     flops = total_flops(checkpoint.load_config(folder / "last"), length, record["batch_size"])
     seconds = record["steps"] * record["batch_size"] / rate
-    return Result(record["blocks"], record["init"], record["seed"], last[0]["accuracy"], seconds, flops)
+    return Result(record["blocks"], record["init"], record["seed"], record["epochs"], last["accuracy"], seconds, flops)
 
 
-def run(folder: Path, layout: str, init: str, seed: int, args: argparse.Namespace) -> None:
-    """Starts a run, or goes on with it."""
+def run(layout: str, init: str, seed: int, args: argparse.Namespace) -> Result:
+    """Starts a run, or goes on with it, and returns what it came to."""
+    folder = args.out / f"{layout.replace(',', '-')}_{init}_seed{seed}_{args.epochs:g}"
     command = [sys.executable, str(ROOT / "train.py"), "--task", args.task, "--weights", args.weights, "--blocks", layout]
     command += ["--data", str(args.data)] if args.data else []
     command += ["--init", init, "--seed", str(seed), "--lr", str(args.lr), "--epochs", str(args.epochs), "--out", str(folder)]
@@ -66,7 +62,16 @@ def run(folder: Path, layout: str, init: str, seed: int, args: argparse.Namespac
     elif folder.exists():  # it broke off before its first checkpoint
         shutil.rmtree(folder)
     print("+", " ".join(command[1:]), flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": threads})
+    result = read(folder, args.length)
+    shutil.rmtree(folder)
+    return result
+
+
+def read_results(path: Path) -> list[Result]:
+    """The runs that are done."""
+    return [Result(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(results: list[Result]) -> str:
@@ -122,21 +127,28 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--length", type=int, default=13, help="tokens of a text, for its FLOPs (default: SST-2's mean)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of what runs came to (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="start no run; report those that are done")
     parser.add_argument("--plot", type=Path, help="picture to write (needs the extra plot)")
     args = parser.parse_args()
-    results: list[Any] = []
-    for seed, layout, init in itertools.product(args.seeds, args.layouts, args.inits):
+    asked = [(layout, init, seed, args.epochs) for seed in args.seeds for layout in args.layouts for init in args.inits]
+    for layout in args.layouts:
         parse_layout(layout)
-        folder = folder_of(args.out, layout, init, seed)
-        if read(folder, args.length) is None and not args.report:
-            run(folder, layout, init, seed, args)
-        results.append(read(folder, args.length))
-    done = sorted((r for r in results if r), key=lambda r: (len(r.layout), r.layout, r.init, r.seed))
-    print(f"\n{len(done)} of {len(results)} runs are done\n\n{table(done)}")
-    if args.plot and done:
-        draw(done, args.plot)
+
+    done = read_results(args.results)
+    missing = [key for key in asked if key not in {result[:4] for result in done}]
+    if missing and not args.report:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for running in as_completed(pool.submit(run, *key[:3], args) for key in missing):
+                done.append(running.result())
+                with args.results.open("a") as file:
+                    file.write(json.dumps(done[-1]._asdict()) + "\n")
+    shown = sorted((r for r in done if r[:4] in asked), key=lambda r: (len(r.layout), r.layout, r.init, r.seed))
+    print(f"\n{len(shown)} of {len(asked)} runs are done\n\n{table(shown)}")
+    if args.plot and shown:
+        draw(shown, args.plot)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from funnel.errors import FunnelError, one_line
 from funnel.reading import ExampleFile, Row
 from funnel.tokenizer import Encoding, FunnelTokenizer
 
-CHUNK = 8192  # rows that are encoded at a time: the tokenizer works on them in parallel
+CHUNK = 1024  # rows that are encoded at a time: the tokenizer works on them in parallel
 VERSION = 1  # of the cached files
 
 

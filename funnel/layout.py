@@ -47,12 +47,15 @@ class LayerPlan(NamedTuple):
 def make_plan(old: FunnelConfig, new: FunnelConfig, init: str = "identity", keep: str = "spread") -> list[LayerPlan]:
     """Says for every layer of a new layout which old layer feeds it and how.
 
-    Layers count as they run: 3x2 feeds 6 as 0,0,1,1,2,2, and 6 feeds 3x2 as 0,2,4. Where the new layout only adds, old
-    blocks keep their layers; a layer that the old block does not have starts as `init` says, with the weights of the
-    block's last layer, and layer j of a new block with those of layer j of the last old block. Where the new layout has a
-    smaller block or fewer blocks, old layers keep their order but not their blocks, so that none is dropped to make room for
-    a new one: the first places take all of them (or, if there are too many, those that `keep` says), the others start as
-    `init` says, with the weights of the last one.
+    Layers count as they run: 3x2 feeds 6 as 0,0,1,1,2,2, and 6 feeds 3x2 as 0,2,4.
+
+    A layout that only adds, or only removes: old blocks keep their layers. In a smaller block those stay that `keep` says,
+    missing blocks are dropped. A layer that the old block does not have starts as `init` says, with the weights of the
+    block's last layer, and layer j of a new block with those of layer j of the last old block.
+
+    A layout that adds here and removes there (2,2,2 to 3,3): no old layer is dropped beside a new one. All keep their order,
+    but not their blocks, and fill the places from the first one on (if there are too many, those that `keep` says); the
+    other places start as `init` says, with the weights of the last old layer.
 
     Copies are placed as the study did that began with them: old blocks keep their layers, whatever the new layout.
 
@@ -72,10 +75,11 @@ def make_plan(old: FunnelConfig, new: FunnelConfig, init: str = "identity", keep
         for block, (size, repeats) in enumerate(zip(old.block_sizes, old.repeats, strict=True))
     ]  # of each old block: the layer of every run
     wanted = [size * repeats for size, repeats in zip(new.block_sizes, new.repeats, strict=True)]
-    only_adds = len(wanted) >= len(runs) and all(n >= len(block) for n, block in zip(wanted, runs, strict=False))
-    if not only_adds and init != "copy":
-        ordered = [layer for block in runs for layer in block]
-        ordered = _kept(ordered, sum(wanted), keep)
+    both = list(zip(wanted, runs, strict=False))
+    adds = len(wanted) > len(runs) or any(n > len(block) for n, block in both)
+    removes = len(wanted) < len(runs) or any(n < len(block) for n, block in both)
+    if adds and removes and init != "copy":
+        ordered = _kept([layer for block in runs for layer in block], sum(wanted), keep)
         ends = [sum(wanted[: block + 1]) for block in range(len(wanted))]
         runs = [ordered[end - n : end] for end, n in zip(ends, wanted, strict=True)]
     plan = []

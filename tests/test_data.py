@@ -62,7 +62,7 @@ def test_batches_by_length_hold_little_padding(dataset):
     assert real > 0.93 > sum(m.sum().item() for m in shuffled) / sum(m.numel() for m in shuffled)
 
 
-@pytest.mark.parametrize("chunk", [8192, 100])
+@pytest.mark.parametrize("chunk", [1024, 100])
 def test_a_batch_holds_what_the_tokenizer_gave(examples, tokenizer, chunk, monkeypatch):
     monkeypatch.setattr(data, "CHUNK", chunk)
     pairs = examples._replace(pairs=[*examples.texts[1:], ""])
