@@ -1,0 +1,57 @@
+"""How near a model of another layout is to its source before any training: [cls] of the last layer, on real texts.
+
+    python -m benchmarks.preservation --data GLUE/SST-2 --weights weights/minilm
+
+Prints a Markdown table: the mean over texts of |new - old| / |old|, and of the cosine of the two.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import train
+from funnel import layout
+from funnel.config import parse_layout
+from funnel.data import encode
+from funnel.tasks import get_task, locate
+
+LAYOUTS = ("3,3,3", "4,4,4", "2,2,2,2", "2,2,2,2,2,2,2", "4,4,4,4,4,4,4", "3,3", "1,1,1,1,1,1", "1,1,1", "2,2")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--weights", default="funnel-transformer/small")
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
+    parser.add_argument("--texts", type=int, default=200)
+    args = parser.parse_args()
+    task = locate(get_task(args.task), args.data)
+
+    @torch.no_grad()
+    def cls_of(blocks: str | None, init: str) -> Tensor:
+        """[texts, d]"""
+        wanted = parse_layout(blocks) if blocks else None
+        model, tokenizer, plan, _ = train.start_model(args.weights, task, wanted, init, task.files["train"].texts_of_rows())
+        data = encode(task.files["dev"], task.label_ids, tokenizer, task.max_length)
+        fitted, shown = (data.batch(np.arange(n)) for n in (64, args.texts))
+        layout.fit_norms(model, plan, fitted.input_ids, fitted.attention_mask, fitted.token_type_ids)
+        states, _ = model.eval().encode(shown.input_ids, shown.attention_mask, shown.token_type_ids, cls_only=True)
+        return states[-1][:, 0]
+
+    old = cls_of(None, "identity")
+    print("| layout | identity: distance | cosine | copy: distance | cosine |\n|---|---|---|---|---|")
+    for blocks in args.layouts:
+        cells = []
+        for init in ("identity", "copy"):
+            new = cls_of(blocks, init)
+            distance = ((new - old).norm(dim=1) / old.norm(dim=1)).mean()
+            cells += [f"{distance:.3f}", f"{torch.cosine_similarity(new, old).mean():.4f}"]
+        print(f"| {blocks} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
