@@ -3,37 +3,39 @@
     python train.py --blocks 2,2,2,2,2,2,2                     # the built-in demo task: no downloads
     python train.py --task sst2 --weights funnel-transformer/small --blocks 2,2,2,2,2,2,2
     python train.py --data reviews.csv --text-column review --label-column stars --weights DIR
+    torchrun --nproc-per-node 8 train.py …                     # the same training on several GPUs or machines
 
 This file is the recipe, top to bottom: copy it and change it. What it calls is in the package `funnel`.
 """
 
 import argparse
-import os
+import itertools
+import math
 import shlex
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from funnel import layout, training
+from funnel.build import build_classifier
 from funnel.checkpoint import is_folder, load_weights
-from funnel.config import FunnelConfig, parse_layout
-from funnel.convert import fetch, read_source
-from funnel.cost import check_memory
-from funnel.data import encode
-from funnel.errors import FunnelError, exit_status
+from funnel.config import parse_layout
+from funnel.data import Batch, encode
+from funnel.dropout import share_of_batch
+from funnel.errors import FunnelError, Stopped, exit_status
 from funnel.heads import FunnelForSequenceClassification
 from funnel.prediction import Classifier, write_predictions, write_submission
+from funnel.processes import Processes, Signals
 from funnel.reading import ExampleFile, check_format, column_names, format_of
+from funnel.run import Run, State, free_folder
 from funnel.tasks import TASKS, Task, get_task, locate, own_task
-from funnel.tokenizer import FunnelTokenizer
 
-# What --weights none starts from, before the layout is changed: small enough to learn the demo task on a CPU.
-SMALL = FunnelConfig(block_sizes=(2, 2, 2), num_decoder_layers=0, d_model=128, n_head=4, d_head=32, d_inner=512)
+PATIENCE = 5  # steps in a row that may be skipped because a number is not finite
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -81,168 +83,249 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                        "twice: less memory, more time")  # fmt: skip
     where.add_argument("--compile", action="store_true", help="use torch.compile: minutes before the first step, then faster "
                        "steps on a GPU")  # fmt: skip
+    where.add_argument("--shard", action="store_true", help="under torchrun: every process keeps a part of each weight, for "
+                       "models too large for one device (FSDP2)")  # fmt: skip
     where.add_argument("--out", type=Path, help="the run's folder (default: runs/TASK-BLOCKS-seedN, numbered if taken)")
     where.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
     where.add_argument("--eval-every", type=int, help="steps between evaluations (default: 4 an epoch)")
+    where.add_argument("--save-every", type=int, help="steps between checkpoints to go on from (default: at evaluations)")
+    where.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="the newest N of those are kept "
+                       "(default: %(default)s)")  # fmt: skip
     return parser.parse_args(arguments)
 
 
-def train(args: argparse.Namespace) -> dict[str, float]:
+def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     """Trains one model and returns the metrics of its best evaluation on dev."""
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise FunnelError("train.py was started in several processes, which it cannot use yet; start it without torchrun")
-    if args.resume and args.out is None:
-        raise FunnelError("--resume: name the run's folder with --out")
-    # Settings: what the user asked for, else the task's defaults.
-    task = find_task(args)
-    epochs = positive("--epochs", args.epochs, task.epochs, below=1e6)
-    peak_lr = positive("--lr", args.lr, task.learning_rate, below=1e3)
-    eval_every = None if args.eval_every is None else int(positive("--eval-every", args.eval_every, 0))
-    batch_size = int(positive("--batch-size", args.batch_size, task.batch_size))
-    max_length = int(positive("--max-length", args.max_length, task.max_length))
-    accumulate = int(positive("--accumulate", args.accumulate, 1))
-    blocks = None if args.blocks is None else parse_layout(args.blocks)
+    # What was asked for; weights, data, model.
+    device = processes.device
+    with processes.together():
+        task = find_task(args)
+        complete(args, task, processes.size)
+        to_predict = None if args.predict is None else texts_to_predict(args, task)
+        training.set_seed(args.seed)
+        training.reuse_memory()
+        built = build_classifier(
+            args.weights,
+            None if task.labels is None else list(task.labels.values()),
+            args.blocks,
+            args.init,
+            args.keep,
+            args.layout_plan,
+            task.files["train"].texts_of_rows(),
+            bytes_per_weight=16 if device.type == "cpu" else 4,  # with its gradient and AdamW's two moments
+        )
+        model, tokenizer, plan, origin = built
+        sets = {name: encode(file, task.label_ids, tokenizer, args.max_length) for name, file in task.files.items()}
+        train_set = sets.pop("train")
+        if not sets:
+            train_set, sets["dev"] = train_set.split(args.dev_share, args.seed)
+        built.fit(train_set)
+    config = model.config
+    dtype = training.choose_dtype(args.dtype, device, config.d_model)
+    steps_per_epoch = -(-len(train_set) // args.batch_size)
+    total_steps = max(1, round(steps_per_epoch * args.epochs))
+    eval_every = args.eval_every or -(-steps_per_epoch // 4)
+    save_every = args.save_every or eval_every
+
+    # The run's folder, and where the run stands.
+    settings = {name: getattr(args, name) for name in (
+        "init", "keep", "warmup", "weight_decay", "seed", "accumulate", "compile", "weights", "epochs", "lr", "batch_size",
+        "max_length")} | {name: getattr(args, name) and str(getattr(args, name)) for name in ("data", "layout_plan")} | {
+        "task": task.name, "blocks": config.layout, "dtype": dtype, "steps": total_steps,
+        "train_texts": len(train_set), "dev_texts": len(sets["dev"])}  # fmt: skip
+    run = Run(processes.of_first(lambda: open_run(args, settings, plan)), args.keep_checkpoints)
+    found = processes.of_first(run.load) if args.resume else None
+    if args.resume and processes.is_first:
+        run.forget_after(State() if found is None else found[1])
+
+    # Model, AdamW, linear warm-up and decay (paper, section A.3).
+    state = State()
+    if found is not None:
+        weights, state = found
+        load_weights(model, weights, f"--resume: {run.folder}")
+    model.to(device).train()
+    model.set_gradient_checkpointing(args.gradient_checkpointing)
+    forward = processes.wrap(model, args.shard, args.compile)
+    optimizer = torch.optim.AdamW(training.parameter_groups(model, args.weight_decay), lr=args.lr, eps=1e-6, fused=True)
+    schedule = training.linear_schedule(total_steps, args.warmup)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+    if found is not None:
+        processes.load_optimizer(optimizer, state.optimizer)
+        scaler.load_state_dict(state.scaler)
+
+    parameters = sum(p.numel() for p in model.parameters())
+    cut = f"\nwarning: --max-length {args.max_length}: {train_set.cut}" if train_set.cut.texts else ""
+    evaluated = ", ".join(f"{len(dataset):,} in {split}" for split, dataset in sets.items())
+    resumed = "no checkpoint yet: begins at step 0" if found is None else f"resumed at step {state.step:,}"
+    where = f"{device.type}" + (f" in {processes.size} processes" if processes.size > 1 else "")
+    print(f"{task.title}: {len(train_set):,} texts to train on, {evaluated}{cut}\n"
+          f"model: blocks {config.layout}, width {config.d_model}, {parameters:,} parameters, from {origin}\n"
+          f"training: {total_steps:,} steps of {args.batch_size}, lr {args.lr:g}, {dtype} on {where}, into {run.folder}"
+          + (f"\n{resumed}" if args.resume else ""), flush=True)  # fmt: skip
+
+    def evaluate() -> str | None:
+        """Measures the model on every set, keeps it if it is the best so far, and returns a warning if there is one."""
+        warning = None
+        for split, dataset in sets.items():
+            share = processes.rank, processes.size
+            logits = training.predict(model, dataset, device, dtype, share=share, check=signals.check_here)
+            scores, predictions = training.measure(processes.sum(logits), dataset, task.metrics)
+            if processes.is_first:
+                run.log(step=state.step, split=split, **scores)
+            bar.write(describe({"step": state.step, **scores}) + (f" ({split})" if split != "dev" else ""))
+            if split == "dev":
+                last = {"step": state.step, **scores}
+                warning = training.one_class_warning(predictions, dataset.labels, config)
+        if training.is_better(last[task.metrics[0]], state.best.get(task.metrics[0])):
+            state.best = last
+            save("best")
+        state.last, state.evaluated = last, state.step
+        return warning
+
+    def save(name: str) -> None:
+        """Writes a checkpoint; "last" has all that a run needs to go on."""
+        weights = processes.whole(model.state_dict())
+        if name == "last":
+            state.optimizer, state.scaler = processes.whole(optimizer.state_dict()), scaler.state_dict()
+        if processes.is_first:
+            architecture = FunnelForSequenceClassification.__name__
+            run.save(name, config, weights, architecture, tokenizer, state if name == "last" else None)
+
+    def skip(said: str, batch: Batch, step_loss: float) -> None:
+        """Counts a step that changes nothing, because a number is not finite, and says where that began."""
+        state.skipped += 1
+        if scaler.get_scale() > 1:  # fp16 finds its scale by such steps
+            return
+        state.in_a_row += 1
+        said = f"step {state.step + 1:,}: {said}: not finite {training.first_not_finite(model, batch, step_loss)}"
+        bar.write(f"{said}; the step is skipped")
+        if state.in_a_row == PATIENCE:
+            raise FunnelError(
+                f"training diverged: {PATIENCE} steps in a row were skipped; {said}; lower --lr "
+                f"(checkpoints are in {run.folder})"
+            )
+
+    def is_due(every: int) -> bool:
+        return state.step % every == 0 or state.step == total_steps
+
+    started, seen, warning = time.perf_counter(), 0, None
+    bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=None if processes.is_first else True,
+               dynamic_ncols=True)  # fmt: skip
+    try:
+        with Signals(processes) as signals:
+            if state.evaluated < state.step and is_due(eval_every):  # it was stopped before that
+                warning = evaluate()
+                save("last")
+            batches = train_set.batches(args.batch_size, args.seed, start=state.step)
+            for index in itertools.islice(batches, total_steps - state.step):
+                training.seed_step(args.seed, state.step, processes.rank)
+                lr = args.lr * schedule(state.step)
+                training.set_lr(optimizer, lr)
+                width = int(train_set.lengths[index].max())
+                loss = torch.zeros((), device=device)
+                for part in np.array_split(index, min(args.accumulate, len(index))):
+                    rows, first, weight = processes.share(part)
+                    batch = train_set.batch(rows, width).to(device)
+                    with share_of_batch(first, len(part)):
+                        with training.autocast(device, dtype):
+                            logits = forward(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+                        part_loss = training.loss_function(logits, batch.labels) * (weight * len(part) / len(index))
+                        scaler.scale(part_loss * processes.size).backward()  # gradients are averaged over processes
+                    loss += part_loss.detach()
+                scaler.unscale_(optimizer)
+                norm = training.clip_gradients(model)
+                step_loss = float(processes.sum(loss))
+
+                if math.isfinite(step_loss) and math.isfinite(norm):
+                    scaler.step(optimizer)
+                    state.in_a_row = 0
+                    state.loss = step_loss if state.loss is None else state.loss + 0.05 * (step_loss - state.loss)
+                else:
+                    skip(f"loss {step_loss:g}, gradient {norm:g}, lr {lr:g}", batch, step_loss)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+
+                state.step, seen = state.step + 1, seen + len(index)
+                bar.update()
+                if processes.is_first and (state.step % 20 == 0 or is_due(eval_every)):
+                    rate = seen / (time.perf_counter() - started)
+                    run.log(step=state.step, split="train", loss=state.loss, lr=lr, skipped=state.skipped,
+                            examples_per_second=rate)  # fmt: skip
+                    skipped = f", {state.skipped} skipped" if state.skipped else ""
+                    mean_loss = math.nan if state.loss is None else state.loss
+                    bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:.0f} texts/s{skipped}", refresh=False)
+                signals.check()
+                if is_due(eval_every):
+                    warning = evaluate()
+                if is_due(save_every):
+                    save("last")
+    except Stopped as stop:
+        save("last")
+        message = f"the run is saved at step {state.step:,}; the same command with --resume --out {run.folder} goes on"
+        raise Stopped(stop.number, message) from None
+    finally:
+        bar.close()
+
+    if not seen:
+        print("nothing left to do: the run was at its last step")
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\nlast on dev: {describe(state.last)}\nbest on dev: {describe(state.best)}")
+    print(f"{minutes:.1f} minutes, {seen / minutes / 60:.0f} texts a second; checkpoints and metrics.jsonl in {run.folder}")
+    if state.skipped:
+        print(f"{state.skipped:,} steps were skipped because a number was not finite")
+    if warning:
+        print(warning)
+    if processes.is_first and (to_predict is not None or args.glue_submission is not None):
+        classifier = Classifier.load(run.folder, args.device, args.dtype)
+        if to_predict is not None:
+            path = run.folder / f"predictions-{to_predict.path.name}"
+            print(f"{write_predictions(classifier.of_file(to_predict), path):,} predictions in {path}")
+        if args.glue_submission is not None:
+            print(f"answers in {', '.join(map(str, write_submission(classifier, task, args.glue_submission)))}")
+    return state.best
+
+
+def open_run(args: argparse.Namespace, settings: dict[str, Any], plan: list[layout.LayerPlan]) -> Path:
+    """Makes the run's folder, or checks the one to go on with."""
+    name = f"{settings['task']}-{settings['blocks']}-seed{args.seed}"
+    run = Run(args.out or free_folder(Path("runs") / name))
+    if args.resume:
+        run.check(settings)
+    else:
+        run.start(settings, shlex.join(sys.orig_argv))
+    layout.write_plan(run.folder / "layout_plan.json", plan)
+    return run.folder
+
+
+def complete(args: argparse.Namespace, task: Task, size: int) -> None:
+    """Puts the task's defaults where nothing was asked for, and checks what was; `size` is the number of processes."""
+    args.epochs = positive("--epochs", args.epochs, task.epochs, below=1e6)
+    args.lr = positive("--lr", args.lr, task.learning_rate, below=1e3)
+    args.batch_size = int(positive("--batch-size", args.batch_size, task.batch_size))
+    args.max_length = int(positive("--max-length", args.max_length, task.max_length))
+    args.weights = args.weights or ("none" if task.name == "demo" else "funnel-transformer/small")
+    for flag in ("eval_every", "save_every", "accumulate", "keep_checkpoints"):
+        positive(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
     if not 0 <= args.warmup < 1:
         raise FunnelError(f"--warmup {args.warmup}: it takes a share of all steps, from 0 to below 1")
     if not 0 <= args.weight_decay < float("inf"):
         raise FunnelError(f"--weight-decay {args.weight_decay}: it takes a number from 0 up")
     if not 0 <= args.seed < 2**32:
         raise FunnelError(f"--seed {args.seed}: it takes a whole number from 0 to 2**32 - 1")
-    to_predict = None if args.predict is None else texts_to_predict(args, task)
+    if args.blocks is not None:
+        parse_layout(args.blocks)
+    if args.resume and args.out is None:
+        raise FunnelError("--resume: name the run's folder with --out")
+    if args.shard and args.dtype == "fp16":
+        raise FunnelError("--shard: takes --dtype bf16 or fp32, not fp16")
+    if args.shard and size == 1:
+        raise FunnelError("--shard: spreads weights over several processes; start them with torchrun")
     if args.glue_submission is not None:
         for file in task.tests.values():
             if not file.path.exists():
                 raise FunnelError(f"--glue-submission: {file.path} is missing; the server wants answers to it")
         if not task.tests:
             raise FunnelError(f"--glue-submission: {task.title} is no task of GLUE")
-    device = training.choose_device(args.device)
-    training.set_seed(args.seed)
-    training.reuse_memory()
-
-    # Data, weights, model.
-    train_file = task.files["train"]
-    weights_name = args.weights if args.weights is not None else ("none" if task.name == "demo" else "funnel-transformer/small")
-    bytes_per_weight = 16 if device.type == "cpu" else 4  # with its gradient and AdamW's two moments
-    model, tokenizer, plan, origin = start_model(
-        weights_name, task, blocks, args.init, train_file.texts_of_rows(), args.keep, args.layout_plan, bytes_per_weight
-    )
-    sets = {split: encode(file, task.label_ids, tokenizer, max_length) for split, file in task.files.items()}
-    train_set = sets.pop("train")
-    if not sets:
-        train_set, sets["dev"] = train_set.split(args.dev_share, args.seed)
-    some = train_set.batch(np.arange(min(64, len(train_set))))
-    layout.fit_norms(model, plan, some.input_ids, some.attention_mask, some.token_type_ids)
-    model.to(device).train()
-    model.set_gradient_checkpointing(args.gradient_checkpointing)
-    forward = torch.compile(model, dynamic=True) if args.compile else model
-    config = model.config
-    dtype = training.choose_dtype(args.dtype, device, config.d_model)
-
-    # Optimizer and schedule: AdamW, linear warm-up and decay (paper, section A.3).
-    steps_per_epoch = -(-len(train_set) // batch_size)
-    total_steps = max(1, round(steps_per_epoch * epochs))
-    groups = training.parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=peak_lr, eps=1e-6, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.linear_schedule(total_steps, args.warmup))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
-
-    # The run's folder.
-    out = args.out or training.free_folder(Path("runs") / f"{task.name}-{config.layout}-seed{args.seed}")
-    settings = {
-        name: getattr(args, name) for name in ("init", "keep", "warmup", "weight_decay", "seed", "accumulate", "compile")
-    }
-    settings |= {"layout_plan": args.layout_plan and str(args.layout_plan)}
-    settings |= {"task": task.name, "data": args.data and str(args.data), "weights": weights_name, "blocks": config.layout}
-    settings |= {"train_texts": len(train_set), "dev_texts": len(sets["dev"]), "steps": total_steps}
-    settings |= {"epochs": epochs, "lr": peak_lr, "batch_size": batch_size, "max_length": max_length, "dtype": dtype}
-    run = training.Run(out, settings, shlex.join(sys.orig_argv), args.resume)
-    step, best, last, running = 0, {}, {}, None
-    if not args.resume:
-        layout.write_plan(out / "layout_plan.json", plan)
-    else:
-        state = run.load_state(model, device)
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise FunnelError(f"--resume: {out}/last is another run's ({error}); start the run again") from None
-        schedule.load_state_dict(state["schedule"])
-        scaler.load_state_dict(state["scaler"])
-        training.set_random_state(state["random"])
-        step, best, last, running = state["step"], state["best"], state["last"], state["running"]
-        run.forget_after(step)
-    eval_every = eval_every or -(-steps_per_epoch // 4)
-
-    parameters = sum(p.numel() for p in model.parameters())
-    cut = f"\nwarning: --max-length {max_length}: {train_set.cut}" if train_set.cut.texts else ""
-    evaluated = ", ".join(f"{len(dataset):,} in {split}" for split, dataset in sets.items())
-    print(f"{task.title}: {len(train_set):,} texts to train on, {evaluated}{cut}\n"
-          f"model: blocks {config.layout}, width {config.d_model}, {parameters:,} parameters, from {origin}\n"
-          f"training: {total_steps:,} steps of {batch_size}, lr {peak_lr:g}, {dtype} on {device}, into {out}",
-          flush=True)  # fmt: skip
-
-    started, seen, warning = time.perf_counter(), 0, None
-    bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
-    while step < total_steps:
-        epoch, offset = divmod(step, steps_per_epoch)
-        for index in train_set.training_batches(batch_size, args.seed, epoch)[offset:]:
-            loss = torch.zeros((), device=device)
-            for part in np.array_split(index, min(accumulate, len(index))):
-                batch = train_set.batch(part).to(device)
-                with training.autocast(device, dtype):
-                    logits = forward(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-                part_loss = training.loss_function(logits, batch.labels) * (len(part) / len(index))
-                scaler.scale(part_loss).backward()
-                loss += part_loss.detach()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            lr = schedule.get_last_lr()[0]
-            schedule.step()
-
-            step, seen = step + 1, seen + len(index)
-            running = loss if running is None else running.lerp(loss, 0.05)
-            bar.update()
-            is_evaluated = step % eval_every == 0 or step == total_steps
-            if step % 20 == 0 or is_evaluated:
-                mean_loss = training.check_loss(float(running), step, peak_lr)
-                rate = seen / (time.perf_counter() - started)
-                run.log(step=step, split="train", loss=mean_loss, lr=lr, examples_per_second=rate)
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:.0f} texts/s", refresh=False)
-            if is_evaluated:
-                for split, dataset in sets.items():
-                    scores, predictions = training.evaluate(model, dataset, task.metrics, device, dtype)
-                    run.log(step=step, split=split, **scores)
-                    bar.write(describe({"step": step, **scores}) + (f" ({split})" if split != "dev" else ""))
-                    if split == "dev":
-                        last = {"step": step, **scores}
-                        warning = training.one_class_warning(predictions, dataset.labels, config)
-                if training.is_better(last[task.metrics[0]], best.get(task.metrics[0])):
-                    best = last
-                    run.save("best", model, tokenizer)
-                state = {"step": step, "best": best, "last": last, "running": running, "optimizer": optimizer.state_dict()}
-                state |= {"schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
-                run.save("last", model, tokenizer, state | {"random": training.random_state()})
-            if step == total_steps:
-                break
-    bar.close()
-
-    if not seen:
-        print("nothing left to do: the run was at its last step")
-    minutes = (time.perf_counter() - started) / 60
-    print(f"\nlast on dev: {describe(last)}\nbest on dev: {describe(best)}")
-    print(f"{minutes:.1f} minutes, {seen / minutes / 60:.0f} texts a second; checkpoints and metrics.jsonl in {out}")
-    if warning:
-        print(warning)
-    if to_predict is not None or args.glue_submission is not None:
-        classifier = Classifier.load(out, args.device, args.dtype)
-        if to_predict is not None:
-            path = out / f"predictions-{to_predict.path.name}"
-            print(f"{write_predictions(classifier.of_file(to_predict), path):,} predictions in {path}")
-        if args.glue_submission is not None:
-            print(f"answers in {', '.join(map(str, write_submission(classifier, task, args.glue_submission)))}")
-    return best
 
 
 def find_task(args: argparse.Namespace) -> Task:
@@ -275,45 +358,6 @@ def describe(scores: dict[str, float]) -> str:
     return f"step {scores['step']:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "step")
 
 
-def start_model(
-    weights: str,
-    task: Task,
-    blocks: tuple[tuple[int, ...], tuple[int, ...]] | None,
-    init: str,
-    texts: Iterable[str],
-    keep: str = "spread",
-    plan_file: Path | None = None,
-    bytes_per_weight: int = 4,
-) -> tuple[FunnelForSequenceClassification, FunnelTokenizer, list[layout.LayerPlan], str]:
-    """A classifier of the wanted layout, its tokenizer, the plan of its layers, and a word on what it starts from."""
-    if weights == "none":
-        tokenizer = FunnelTokenizer.train(texts)
-        start = SMALL.replace(vocab_size=tokenizer.vocab_size)
-        old_weights, origin = FunnelForSequenceClassification(start).state_dict(), "random weights"
-        # Published models draw word embeddings with a deviation of 1 and train for a million steps. Adam moves a weight
-        # by about the learning rate a step, so in a thousand steps only small embeddings get anywhere.
-        old_weights["embeddings.word_embeddings.weight"] *= 0.02
-    else:
-        source = read_source(fetch(weights))
-        tokenizer = FunnelTokenizer.load(source.folder).fitting(source.config.vocab_size, source.folder)
-        start, old_weights, origin = source.config, source.weights, weights
-    sizes, repeats = blocks or (start.block_sizes, start.repeats)
-    config = start.replace(
-        block_sizes=sizes,
-        block_repeats=repeats,
-        num_decoder_layers=0,
-        id2label=dict(enumerate(["score"] if task.labels is None else task.labels.values())),
-        problem_type="regression" if task.labels is None else "single_label_classification",
-    )
-    plan = layout.read_plan(plan_file, start, config) if plan_file else layout.make_plan(start, config, init, keep)
-    check_memory(config, bytes_per_weight)
-    model = FunnelForSequenceClassification(config)
-    fresh = load_weights(model, layout.apply_plan(old_weights, plan, model.state_dict()), weights)
-    added = sum(row.start != "keep" for row in plan)
-    origin += f" (blocks {start.layout}; {len(plan) - added} layers kept, {added} new: {plan_file or init})"
-    return model, tokenizer, plan, origin + (", new classifier" if fresh else "")
-
-
 def positive(flag: str, value: float | None, default: float, below: float = float("inf")) -> float:
     """An argument's value or its default; FunnelError if it is not above 0 and below a bound."""
     value = default if value is None else value
@@ -324,8 +368,12 @@ def positive(flag: str, value: float | None, default: float, below: float = floa
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    stopped = "--resume with --out FOLDER goes on from the run's last checkpoint"
-    return exit_status("train.py", lambda: train(args), stopped)
+
+    def run() -> None:
+        with Processes.start(args.device) as processes:
+            train(args, processes)
+
+    return exit_status("train.py", run, "--resume with --out FOLDER goes on from the run's last checkpoint")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train
 from funnel import training
+from funnel.build import build_classifier
 from funnel.checkpoint import Checkpoint
 from funnel.config import FunnelConfig, parse_layout
 from funnel.convert import huggingface
@@ -349,8 +349,8 @@ def epoch(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     task = locate(get_task("sst2" if args.data else "demo"), args.data)
     examples = task.files["train"]
-    blocks = parse_layout(args.blocks) if args.blocks else None
-    model, tokenizer, *_ = train.start_model(args.weights, task, blocks, "identity", examples.texts_of_rows())
+    classes = list((task.labels or {}).values())
+    model, tokenizer, *_ = build_classifier(args.weights, classes, args.blocks, texts=examples.texts_of_rows())
     peer, other = peer_of(model).train().to(args.device), peer_of(model).to(args.device)
     model.train().to(args.device)
     dataset = encode(examples, task.label_ids, tokenizer, task.max_length)

@@ -12,9 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import train
-from funnel import layout
-from funnel.config import parse_layout
+from funnel.build import build_classifier
 from funnel.data import encode
 from funnel.tasks import get_task, locate
 
@@ -34,12 +32,11 @@ def main() -> None:
     @torch.no_grad()
     def cls_of(blocks: str | None, init: str) -> Tensor:
         """[texts, d]"""
-        wanted = parse_layout(blocks) if blocks else None
-        model, tokenizer, plan, _ = train.start_model(args.weights, task, wanted, init, task.files["train"].texts_of_rows())
-        data = encode(task.files["dev"], task.label_ids, tokenizer, task.max_length)
-        fitted, shown = (data.batch(np.arange(n)) for n in (64, args.texts))
-        layout.fit_norms(model, plan, fitted.input_ids, fitted.attention_mask, fitted.token_type_ids)
-        states, _ = model.eval().encode(shown.input_ids, shown.attention_mask, shown.token_type_ids, cls_only=True)
+        built = build_classifier(args.weights, list(task.labels or ()), blocks, init)
+        data = encode(task.files["dev"], task.label_ids, built.tokenizer, task.max_length)
+        built.fit(data)
+        shown = data.batch(np.arange(args.texts))
+        states, _ = built.model.eval().encode(shown.input_ids, shown.attention_mask, shown.token_type_ids, cls_only=True)
         return states[-1][:, 0]
 
     old = cls_of(None, "identity")

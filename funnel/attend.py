@@ -8,14 +8,14 @@ Shapes: b texts, q queries, k keys, h heads, c = d_head, t distances, s segment 
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funnel.dropout import dropout, keep_mask
+from funnel.dropout import Share, current_share, dropout, keep_mask
 from funnel.errors import FunnelError
 
 TILE = 2**19  # scores in a tile of `tiled`
@@ -107,27 +107,39 @@ def tiled(terms: Terms, dropout_p: float) -> Tensor:
 
 
 class _Tile(NamedTuple):
-    """A tile's heads, texts and queries, and the distances that these queries have to all keys."""
+    """A tile's heads, texts and queries, and the distances that these queries have to all keys.
+
+    Tiles are cut from the whole batch, also where a process computes some of its texts only: `drawn` texts are in the
+    whole tile, number `number`, and `rows` of them are here.
+    """
 
     heads: slice
     texts: slice
     queries: slice
     distances: slice
+    number: int
+    drawn: int
+    rows: slice
 
 
-def _tiles(terms: Terms) -> Iterator[_Tile]:
+def _tiles(terms: Terms, share: Share | None) -> Iterator[_Tile]:
     """Cuts the work into tiles: all of it where it fits, else by heads, then by texts, then by queries."""
     b, q, h, _ = terms.q.shape
     k = terms.k.shape[1]
-    heads = min(max(TILE // (b * q * k), 1), h)
-    texts = min(max(TILE // (q * k), 1), b)
+    first, total = share or (0, b)
+    heads = min(max(TILE // (total * q * k), 1), h)
+    texts = min(max(TILE // (q * k), 1), total)
     queries = min(max(TILE // k, 1), q)
-    starts = itertools.product(range(0, h, heads), range(0, b, texts), range(0, q, queries))
-    for head, text, query in starts:
+    starts = itertools.product(range(0, h, heads), range(0, total, texts), range(0, q, queries))
+    for number, (head, text, query) in enumerate(starts):
         end = min(query + queries, q)
-        first = terms.step * (q - end)
-        distances = slice(first, first + k + terms.step * (end - query))
-        yield _Tile(slice(head, head + heads), slice(text, text + texts), slice(query, end), distances)
+        nearest = terms.step * (q - end)
+        distances = slice(nearest, nearest + k + terms.step * (end - query))
+        last = min(text + texts, total)
+        here = slice(max(text, first), min(last, first + b))
+        if here.start < here.stop:
+            mine, rows = slice(here.start - first, here.stop - first), slice(here.start - text, here.stop - text)
+            yield _Tile(slice(head, head + heads), mine, slice(query, end), distances, number, last - text, rows)
 
 
 class _Operands(NamedTuple):
@@ -188,25 +200,26 @@ class _Tiled(torch.autograd.Function):
         seed = int(torch.randint(2**62, ())) if dropout_p else 0
         keeps = any(ctx.needs_input_grad) and terms.k.shape[1] <= KEPT
         kept: list[Tensor] = []  # each tile's weights, and its mask where there is dropout
+        share = current_share()
         draw = _mask_source(terms.q, dropout_p, seed)
         x = _operands(terms)
         context = torch.empty_like(terms.q)
-        for tile in _tiles(terms):
+        for tile in _tiles(terms, share):
             weights = _weights(tile, x, terms)
-            mask = draw(weights) if dropout_p else None
+            mask = draw(tile, weights) if dropout_p else None
             if keeps:
                 kept += [weights] if mask is None else [weights, mask]
             v = x.v[tile.heads, tile.texts]
             part = torch.bmm(_dropped(weights, mask), v.flatten(0, 1)).unflatten(0, v.shape[:2])  # [g, b, q, c]
             context[tile.texts, tile.queries, tile.heads] = part.permute(1, 2, 0, 3)
         ctx.save_for_backward(*terms[:TENSORS], *kept)
-        ctx.rest = (*terms[TENSORS:], dropout_p, seed)
+        ctx.rest = (*terms[TENSORS:], dropout_p, seed, share)
         return context
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        step, separate_cls, dropout_p, seed = ctx.rest
+        step, separate_cls, dropout_p, seed, share = ctx.rest
         saved = ctx.saved_tensors
         terms = Terms._make([*saved[:TENSORS], step, separate_cls])
         kept = iter(saved[TENSORS:])
@@ -214,7 +227,7 @@ class _Tiled(torch.autograd.Function):
         x = _operands(terms)
         c = terms.q.shape[3]
         wide = torch.promote_types(terms.q.dtype, torch.float32)  # for what is summed over several tiles
-        whole = all(tile.queries == slice(0, terms.q.shape[1]) for tile in _tiles(terms))
+        whole = all(tile.queries == slice(0, terms.q.shape[1]) for tile in _tiles(terms, share))
         d_query, d_positional = torch.empty_like(x.query), torch.empty_like(x.positional)
         d_key, d_v = (torch.empty_like(y) if whole else torch.zeros_like(y, dtype=wide) for y in (x.key, x.v))
         d_r = torch.zeros_like(x.r, dtype=wide)
@@ -226,12 +239,12 @@ class _Tiled(torch.autograd.Function):
                 total[index] += part
 
         d_context = gradient.permute(2, 0, 1, 3)  # [h, b, q, c]
-        for tile in _tiles(terms):
+        for tile in _tiles(terms, share):
             if len(saved) > TENSORS:
                 weights, mask = next(kept), next(kept) if dropout_p else None
             else:
                 weights = _weights(tile, x, terms)
-                mask = draw(weights) if dropout_p else None
+                mask = draw(tile, weights) if dropout_p else None
             rows = (tile.heads, tile.texts, tile.queries)
             keys = (tile.heads, tile.texts)
             d_out = d_context[rows]
@@ -275,10 +288,16 @@ def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def _mask_source(like: Tensor, p: float, seed: int) -> Any:
-    """A function that draws the next tile's dropout mask, the same ones in the same order for the same seed."""
-    generator = torch.Generator(like.device).manual_seed(seed) if p else None
-    return lambda weights: keep_mask(weights.shape, p, weights, generator)
+def _mask_source(like: Tensor, p: float, seed: int) -> Callable[[_Tile, Tensor], Tensor]:
+    """A function that draws a tile's dropout mask, [heads * texts, queries, k], the same one for the same seed."""
+    generator = torch.Generator(like.device)
+
+    def draw(tile: _Tile, weights: Tensor) -> Tensor:
+        heads = len(weights) // (tile.rows.stop - tile.rows.start)
+        generator.manual_seed(seed + tile.number)
+        return keep_mask((heads, tile.drawn, *weights.shape[1:]), p, weights, generator)[:, tile.rows].flatten(0, 1)
+
+    return draw
 
 
 WAYS = {"plain": plain, "tiled": tiled, "sdpa": sdpa}

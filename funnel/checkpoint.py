@@ -4,12 +4,15 @@ Nothing here knows a model's inside: weights are tables of names and tensors. On
 hold nothing but tensors are read.
 """
 
+import glob
+import hashlib
+import itertools
 import math
 import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from funnel.config import FORMAT, FunnelConfig, read_json, write_json
 from funnel.errors import FunnelError, one_line
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CHECKSUMS = "config.json", "model.safetensors", "checksums.json"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FLOATS_TEXT = "float32, float16, bfloat16 or float64"
 BODY = ("embeddings.", "encoder.", "decoder.")  # every other name belongs to a task's head
@@ -52,6 +55,7 @@ def load(folder: str | Path) -> Checkpoint:
     folder = existing(folder)
     values = _own_config(folder)
     config = FunnelConfig.from_dict(values, str(folder / CONFIG))
+    verify(folder, [WEIGHTS])
     return Checkpoint(config, read_weights(folder / WEIGHTS), architecture(values))
 
 
@@ -91,6 +95,7 @@ def save(
     weights: Mapping[str, Tensor],
     architecture: str,
     extra: Callable[[Path], None] | None = None,
+    kept: int = 1,
 ) -> None:
     """Writes a checkpoint folder, whole or not at all.
 
@@ -98,6 +103,7 @@ def save(
         folder: is replaced if it exists.
         architecture: name of the model's class.
         extra: called with the folder being written, for further files (tokenizer, training state).
+        kept: as in `write_folder`.
     """
     values = {"format": FORMAT, "model_type": "funnel", "architectures": [architecture], **config.to_dict()}
 
@@ -107,7 +113,7 @@ def save(
         if extra is not None:
             extra(target)
 
-    write_folder(folder, write)
+    write_folder(folder, write, kept)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> list[str]:
@@ -247,33 +253,106 @@ def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
 # --- files and folders ------------------------------------------------------------------------------------------------
 
 
-def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
+def write_folder(folder: str | Path, write: Callable[[Path], None], kept: int = 1) -> None:
     """Fills a folder under a temporary name, then puts it in its place: readers find the old folder or the new one.
 
     The exchange is two renames. If the process dies between them, `existing` finds the old folder beside its place.
 
+    Args:
+        folder: where it goes.
+        write: is called with the temporary folder.
+        kept: how many of these folders there are at most, this one counted in: former ones become NAME-1 (the newest),
+            NAME-2 and so on.
+
     Raises:
-        FunnelError: the folder cannot be written; nothing of it is left behind.
+        FunnelError: the folder cannot be written; nothing of it is left behind, and the former ones are as they were.
     """
     folder = Path(folder)
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists():  # a former call was cut off
+            _put_away(folder, old, kept) if folder.exists() else old.rename(folder)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         write(new)
         for path in [*new.iterdir(), new]:
             _sync(path)
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         new.rename(folder)
         _sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise FunnelError(f"{folder}: cannot be written ({one_line(error)})") from None
+        _put_away(folder, old, kept)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # of torch.save's RuntimeError
+        raise FunnelError(f"{folder}: cannot be written ({one_line(cause)})") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def former(folder: str | Path) -> list[Path]:
+    """A folder and the former ones that `write_folder` has kept of it, newest first, as far as they are there."""
+    folder = Path(folder)
+    numbered = {}
+    for path in folder.parent.glob(f"{glob.escape(folder.name)}-*"):
+        number = path.name.removeprefix(f"{folder.name}-")
+        if number.isdecimal() and number.isascii():
+            numbered[int(number)] = path
+    there = [folder, _sibling(folder, "old"), *(numbered[number] for number in sorted(numbered))]
+    return [path for path in there if path.is_dir()]
+
+
+def _put_away(folder: Path, old: Path, kept: int) -> None:
+    """Keeps the folder that was replaced as NAME-1 and moves the former ones on, or removes it where none is kept."""
+    if kept > 1 and old.exists():
+        names = [old, *(folder.with_name(f"{folder.name}-{number}") for number in range(1, kept))]
+        shutil.rmtree(names[-1], ignore_errors=True)
+        for newer, older in reversed(list(itertools.pairwise(names))):
+            if newer.exists():
+                newer.rename(older)
+        for path in former(folder)[kept:]:  # more were kept before
+            shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Writes the SHA-256 of every file of a folder into it."""
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    write_json(folder / CHECKSUMS, sums)
+
+
+def verify(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Checks files of a sealed folder; a folder without checksums passes.
+
+    Args:
+        names: of the files; None for all that were sealed.
+
+    Raises:
+        FunnelError: a file is missing, or is not what was written.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        return
+    sums = read_json(folder / CHECKSUMS)
+    for name in sums if names is None else names:
+        path = folder / name
+        if Path(name).name != name or (name in sums and not path.is_file()):
+            raise FunnelError(f"{path}: no such file; the checkpoint is damaged")
+        if name in sums and _sha256(path) != sums[name]:
+            raise FunnelError(
+                f"{path}: is not what was written (its SHA-256 differs from {CHECKSUMS}); take another checkpoint, "
+                f"or remove {CHECKSUMS} if you changed the file yourself"
+            )
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise FunnelError(f"{path}: cannot be read ({one_line(error)})") from None
+    return digest.hexdigest()
 
 
 def existing(folder: str | Path) -> Path:

@@ -120,9 +120,9 @@ class Dataset:
         rows = {"starts": self._starts, "seconds": self._seconds, "lengths": self.lengths, "labels": self.labels}
         return Dataset(self._ids, {name: array[index] for name, array in rows.items()}, self.cut, self.pad_id)
 
-    def batch(self, index: np.ndarray) -> Batch:
-        """Collects rows into a padded batch, [b, l] with l the longest row's length."""
-        width = int(self.lengths[index].max())
+    def batch(self, index: np.ndarray, width: int | None = None) -> Batch:
+        """Collects rows into a padded batch, [b, l] with l the width, or else the longest row's length."""
+        width = width or int(self.lengths[index].max())
         ids = np.full((len(index), width), self.pad_id, dtype=np.int64)
         types = np.zeros((len(index), width), dtype=np.int64)
         mask = np.zeros((len(index), width), dtype=np.int64)
@@ -135,6 +135,13 @@ class Dataset:
         labels = self.labels[index]
         labels = labels.astype(np.int64) if labels.dtype == np.int32 else labels
         return Batch(*(torch.from_numpy(array) for array in (ids, mask, types, labels)))
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+        """The batches of all steps from number `start` on, epoch after epoch, without an end."""
+        epoch, offset = divmod(start, -(-len(self) // batch_size))
+        while True:
+            yield from self.training_batches(batch_size, seed, epoch)[offset:]
+            epoch, offset = epoch + 1, 0
 
     def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """The batches of one epoch, as rows: shuffled, with texts of about one length together.

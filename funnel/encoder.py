@@ -96,8 +96,8 @@ class AttentionInputsBuilder(nn.Module):
     def __init__(self, config: FunnelConfig) -> None:
         super().__init__()
         self.config = config
-        self.sine_dropout = Dropout(config.hidden_dropout)
-        self.cosine_dropout = Dropout(config.hidden_dropout)
+        self.sine_dropout = Dropout(config.hidden_dropout, by_text=False)
+        self.cosine_dropout = Dropout(config.hidden_dropout, by_text=False)
 
     def distances(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Encodings of the distances from `length` down to -`length`, [2 length + 1, d]."""

@@ -1,11 +1,25 @@
-"""The one exception type that a user's mistake raises, and how commands end on it."""
+"""What ends a command: a mistake in what was given, a signal; and with which exit status."""
 
+import signal
 import sys
 from collections.abc import Callable
 
 
 class FunnelError(ValueError):
     """Something that the user gave is wrong: the message names the thing, the place and the way out, in one line."""
+
+
+class Stopped(Exception):
+    """A run was stopped by a signal, and has saved what it had.
+
+    Args:
+        number: of the signal.
+        message: what to say.
+    """
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def one_line(error: BaseException) -> str:
@@ -15,7 +29,10 @@ def one_line(error: BaseException) -> str:
 
 
 def exit_status(program: str, run: Callable[[], object], stopped: str) -> int:
-    """Runs a command and returns its exit status: 0, 2 after a FunnelError (told in one line), 130 after Ctrl-C.
+    """Runs a command and returns its exit status.
+
+    0, 2 after a FunnelError (told in one line), 128 + the signal's number after a signal: 130 after Ctrl-C, 143 after
+    SIGTERM.
 
     Args:
         program: the command's name, before messages.
@@ -26,7 +43,10 @@ def exit_status(program: str, run: Callable[[], object], stopped: str) -> int:
     except FunnelError as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"{program}: stopped; {str(stop) or stopped}", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print(f"{program}: stopped; {stopped}", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     return 0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from funnel.config import FunnelConfig, read_json, write_json
-from funnel.errors import FunnelError
+from funnel.errors import FunnelError, one_line
 from funnel.heads import Funnel
 
 INITS = ("identity", "copy", "random")
@@ -106,13 +106,20 @@ def _kept(layers: list[tuple[int, int]], places: int, keep: str) -> list[tuple[i
 
 
 def write_plan(path: Path, plan: list[LayerPlan]) -> None:
-    """Writes a plan as JSON, for people to read and edit: a row a layer, places as "block.layer"."""
+    """Writes a plan as JSON, for people to read and edit: a row a layer, places as "block.layer".
+
+    Raises:
+        FunnelError: the file cannot be written.
+    """
     rows = [
         {"layer": f"{row.block}.{row.layer}", "start": row.start}
         | ({"source": f"{row.source[0]}.{row.source[1]}"} if row.source is not None else {})
         for row in plan
     ]
-    write_json(path, {"layers": rows})
+    try:
+        write_json(path, {"layers": rows})
+    except OSError as error:
+        raise FunnelError(f"{path}: cannot be written ({one_line(error)})") from None
 
 
 def read_plan(path: Path, old: FunnelConfig, new: FunnelConfig) -> list[LayerPlan]:

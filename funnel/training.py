@@ -1,14 +1,12 @@
-"""What the loop in train.py needs and its reader need not see: device and dtype, parameter groups, schedule,
-evaluation, the run's folder.
+"""What the loop in train.py needs and its reader need not see: device and dtype, parameter groups, schedule, evaluation,
+what to say when numbers are no longer finite.
 """
 
 import ctypes
-import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funnel import checkpoint
-from funnel.config import FunnelConfig, write_json
-from funnel.data import Dataset
-from funnel.errors import FunnelError, one_line
+from funnel.config import FunnelConfig
+from funnel.data import Batch, Dataset
+from funnel.errors import FunnelError
 from funnel.metrics import METRICS
-from funnel.tokenizer import FunnelTokenizer
 
-# What a training state has, beside the random generators' state.
-STATE = {"step", "best", "last", "running", "optimizer", "schedule", "scaler", "random"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -113,27 +107,44 @@ def loss_function(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, dataset: Dataset, device: torch.device, dtype: str, batch_size: int = 64) -> Tensor:
-    """Logits of every example, in the dataset's order, [examples, num_labels], float32 on the CPU."""
+def predict(
+    model: nn.Module,
+    dataset: Dataset,
+    device: torch.device,
+    dtype: str,
+    batch_size: int = 64,
+    share: tuple[int, int] = (0, 1),
+    check: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Logits of every example, in the dataset's order, [examples, num_labels], float32 on the CPU.
+
+    Args:
+        share: this process and how many there are: each takes every so many-th batch, and has zeros for the others'.
+        check: is called before every batch, and may raise.
+    """
     was_training = model.training
     model.eval()
     logits: Tensor | None = None
-    with autocast(device, dtype):  # around all batches: weights are cast once
-        for index in dataset.evaluation_batches(batch_size):
-            batch = dataset.batch(index).to(device)
-            out = model(batch.input_ids, batch.attention_mask, batch.token_type_ids).float().cpu()
-            logits = out.new_empty(len(dataset), out.shape[1]) if logits is None else logits
-            logits[torch.from_numpy(index)] = out
-    model.train(was_training)
+    batches = list(dataset.evaluation_batches(batch_size))
+    rank, size = share
+    try:
+        with autocast(device, dtype):  # around all batches: weights are cast once
+            for number in range(rank, -(-len(batches) // size) * size, size):
+                check()
+                index = batches[min(number, len(batches) - 1)]  # all processes run the model equally often
+                batch = dataset.batch(index).to(device)
+                out = model(batch.input_ids, batch.attention_mask, batch.token_type_ids).float().cpu()
+                logits = out.new_zeros(len(dataset), out.shape[1]) if logits is None else logits
+                if number < len(batches):
+                    logits[torch.from_numpy(index)] = out
+    finally:
+        model.train(was_training)
     assert logits is not None, "a dataset has one example at least"
     return logits
 
 
-def evaluate(
-    model: nn.Module, dataset: Dataset, metrics: tuple[str, ...], device: torch.device, dtype: str
-) -> tuple[dict[str, float], np.ndarray]:
-    """Loss and metrics over a dataset by name, and the predicted label ids or scores."""
-    logits = predict(model, dataset, device, dtype)
+def measure(logits: Tensor, dataset: Dataset, metrics: tuple[str, ...]) -> tuple[dict[str, float], np.ndarray]:
+    """Loss and metrics over a dataset by name, and the predicted label ids or scores. logits [examples, num_labels]."""
     is_score = dataset.labels.dtype == np.float32
     predictions = logits[:, 0].numpy() if is_score else logits.argmax(1).numpy()
     labels = torch.from_numpy(dataset.labels)
@@ -158,130 +169,64 @@ def one_class_warning(predictions: np.ndarray, labels: np.ndarray, config: Funne
     )
 
 
-def check_loss(loss: float, step: int, lr: float) -> float:
-    """Hands a loss on.
-
-    Raises:
-        FunnelError: it is not finite.
-    """
-    if not math.isfinite(loss):
-        raise FunnelError(f"training diverged: the loss at step {step} is {loss}; lower --lr (it was {lr:g})")
-    return loss
+def step_seed(seed: int, step: int, process: int = 0) -> int:
+    """A seed for the random numbers of one step, from the run's: a run that goes on at a step draws what it would have."""
+    return int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def random_state() -> dict[str, Any]:
-    """The state of the generators that dropout draws from; they are the only ones used once training has begun."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seeds the generators that dropout draws from: alike in all processes on a CPU, each its own on a GPU."""
+    torch.manual_seed(step_seed(seed, step))
+    if rank > 0 and torch.cuda.is_available():
+        torch.cuda.manual_seed(step_seed(seed, step, rank))
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Puts back what `random_state` gave."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
-def free_folder(folder: Path) -> Path:
-    """The folder itself, or its name with the first number from 2 up that is not taken."""
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+def clip_gradients(model: nn.Module, most: float = 1.0) -> float:
+    """Scales gradients so that their common norm is `most` at most, and returns what it was."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    return float(whole(norm))
 
 
-class Run:
-    """A run's folder: run.json (the command and settings), metrics.jsonl, best/ and last/.
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, which all processes must ask for; any other as it is."""
+    # Asking for the type would load PyTorch's package of sharded tensors, which takes a second.
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def first_not_finite(model: nn.Module, batch: Batch, loss: float) -> str:
+    """In words, where a step first went wrong: in the first layer whose result is not finite, or in the last parameter
+    whose gradient is not (the gradient goes from the last to the first).
 
     Args:
-        folder: must be empty or not there, unless the run is resumed.
-        settings: what the run was asked for; a resumed run must be asked for the same.
-        command: the exact command, for people.
-
-    Raises:
-        FunnelError: the folder holds another run, cannot be written, or (resuming) holds no run or one of other
-            settings.
+        model: with the gradients of the step. It is run once more.
+        batch: the step's texts, or the last part of them.
+        loss: of the step.
     """
+    if not math.isfinite(loss):
+        found: list[str] = []
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], command: str, resume: bool) -> None:
-        self.folder = folder
-        record = folder / "run.json"
-        if resume:
-            found = checkpoint.read_json(record).get("settings") if record.exists() else None
-            if not isinstance(found, dict):
-                raise FunnelError(f"--resume: {folder} holds no run; name its folder with --out")
-            if changed := [k for k, v in settings.items() if found.get(k) != v]:
-                raise FunnelError(
-                    f"--resume: {folder} was started with {changed[0]} {found.get(changed[0])!r}, "
-                    f"not {settings[changed[0]]!r}; give the same arguments, or another --out"
-                )
-            return
+        def look(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                if isinstance(output, Tensor) and not output.isfinite().all():
+                    found.append(name)
+
+            return hook
+
+        modules = [(name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
+        hooks = [module.register_forward_hook(look(name)) for name, module in modules]
         try:
-            if folder.exists() and not folder.is_dir():
-                raise FunnelError(f"--out {folder}: is a file; name a folder")
-            if folder.exists() and any(folder.iterdir()):
-                raise FunnelError(f"--out {folder}: holds another run or other files; name another folder, or --resume it")
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(record, {"command": command, "settings": dict(settings)})
-        except OSError as error:
-            raise FunnelError(f"--out {folder}: cannot be written ({error.strerror})") from None
-
-    def load_state(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
-        """Puts the last checkpoint's weights into the model and returns its training state.
-
-        Raises:
-            FunnelError: the run stopped before its first checkpoint, or the checkpoint is damaged or another run's.
-        """
-        try:
-            folder = checkpoint.existing(self.folder / "last")
-        except FunnelError:
-            raise FunnelError(
-                f"--resume: {self.folder} stopped before its first checkpoint, so there is nothing to go on from; "
-                "remove it and start it again"
-            ) from None
-        weights = checkpoint.load(folder).weights
-        if unfit := checkpoint.load_weights(model, weights, str(folder)):
-            raise FunnelError(f"--resume: {folder} has no {unfit[0]} for this task; is it another run's? start the run again")
-        path = folder / "training_state.pt"
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # a damaged file can raise anything
-            raise FunnelError(f"{path}: damaged ({one_line(error)}); start the run again") from None
-        if not isinstance(state, dict) or not state.keys() >= STATE:
-            raise FunnelError(f"{path}: lacks {', '.join(sorted(STATE - set(state)))}; start the run again")
-        return state
-
-    def forget_after(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl that lie after a step: the resumed run writes them again."""
-        log = self.folder / "metrics.jsonl"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-        part = log.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
-        part.replace(log)
-
-    def log(self, **values: Any) -> None:
-        """Appends a line to metrics.jsonl. A measure without meaning (nan) becomes null there."""
-        values = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
-        try:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise FunnelError(f"{self.folder}/metrics.jsonl: cannot be written ({error.strerror})") from None
-
-    def save(self, name: str, model: Any, tokenizer: FunnelTokenizer, state: Mapping[str, Any] | None = None) -> None:
-        """Writes a checkpoint folder, with the training state where one is given."""
-
-        def extra(folder: Path) -> None:
-            tokenizer.save(folder)
-            if state is not None:
-                torch.save(dict(state), folder / "training_state.pt")
-
-        checkpoint.save(self.folder / name, model.config, model.state_dict(), type(model).__name__, extra)
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinity for a line that was cut off."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+            with torch.no_grad():
+                model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return f"first in the result of {found[0]}" if found else "in the loss alone"
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    return f"first in the gradient of {bad[-1]} ({len(bad)} parameters in all)" if bad else "in the gradients' norm alone"

@@ -2,7 +2,10 @@
 
 import functools
 import json
+import math
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from conftest import run_command, tiny
 import train
 from funnel import checkpoint, demo
 from funnel.heads import FunnelForSequenceClassification
+from funnel.processes import Processes, Signals
 from funnel.tokenizer import FunnelTokenizer
 
 QUICK = ("--epochs", "0.03", "--eval-every", "5", "--blocks", "1,1", "--batch-size", "32")
@@ -32,6 +36,7 @@ def test_a_run_leaves_what_it_promises(run):
     assert sorted(p.name for p in (folder / "run").iterdir()) == [
         "best",
         "last",
+        "last-1",
         "layout_plan.json",
         "metrics.jsonl",
         "run.json",
@@ -67,65 +72,69 @@ def test_without_a_terminal_there_is_no_bar_and_the_summary_is_plain(run):
     assert "checkpoints and metrics.jsonl in run" in done.stdout
 
 
-def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
+def without_clock(lines):
+    return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("at", ["step 8", "evaluation at step 10"])
+def test_a_stopped_run_goes_on_bit_for_bit(dtype, at, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert train.main([*QUICK, "--out", str(whole)]) == 0
+    arguments = [*QUICK, "--dtype", dtype, "--save-every", "3"]
+    assert train.main([*arguments, "--out", str(whole)]) == 0
+    step = int(at.split()[-1])
+    calls = 0
 
-    class Stop(Exception):
-        pass
+    def after(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            result = function(*args, **kwargs)
+            calls += 1
+            if calls == (step if at.startswith("step") else 2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
 
-    saves = 0
-    original = train.training.Run.save
+        return call
 
-    def save(self, name, *arguments):
-        nonlocal saves
-        original(self, name, *arguments)
-        saves += name == "last"
-        if saves == 2:
-            raise Stop
+    if at.startswith("step"):
+        monkeypatch.setattr(train.training, "clip_gradients", after(train.training.clip_gradients))
+    else:  # in the midst of it: at its second batch
+        original, entered = train.training.predict, 0
 
-    train.training.Run.save = save
-    try:
-        with pytest.raises(Stop):
-            train.main([*QUICK, "--out", str(stopped)])
-    finally:
-        train.training.Run.save = original
-    assert train.main([*QUICK, "--out", str(stopped), "--resume"]) == 0
-    expected, found = checkpoint.load(whole / "last").weights, checkpoint.load(stopped / "last").weights
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+        def predict(*args, check, **kwargs):
+            nonlocal entered
+            entered += 1
+            return original(*args, check=after(check) if entered == 2 else check, **kwargs)
 
-    def without_clock(lines):
-        return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
-
+        monkeypatch.setattr(train.training, "predict", predict)
+    assert train.main([*arguments, "--out", str(stopped)]) == 143
+    assert f"saved at step {step}; the same command with --resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert train.main([*arguments, "--out", str(stopped), "--resume"]) == 0
+    assert f"resumed at step {step}" in capsys.readouterr().out
+    for name in ("last", "best"):
+        expected, found = checkpoint.load(whole / name).weights, checkpoint.load(stopped / name).weights
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert without_clock(lines_of(stopped)) == without_clock(lines_of(whole))
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("last/training_state.pt", b"", "training_state.pt: damaged"),
-        ("last/training_state.pt", None, "training_state.pt: damaged"),
-        ("last/model.safetensors", b"", "model.safetensors: damaged"),
-        ("run.json", b'{"settings": "x"}', "holds no run"),
-        ("run.json", b"{", "run.json"),
-    ],
-)
-def test_a_damaged_run_is_not_resumed_and_keeps_its_log(run, name, content, words, tmp_path, capsys):
-    shutil.copytree(run[1] / "run", tmp_path / "run")
-    log = (tmp_path / "run/metrics.jsonl").read_bytes()
-    (tmp_path / "run" / name).unlink() if content is None else (tmp_path / "run" / name).write_bytes(content)
-    assert train.main([*QUICK, "--out", str(tmp_path / "run"), "--resume"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.strip().splitlines()) == 1
-    assert words in error
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == log
+def test_handlers_of_signals_are_put_back(run):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Signals(Processes(torch.device("cpu"))):
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_a_run_that_stopped_before_its_first_checkpoint_says_what_to_do(run, tmp_path, capsys):
+def test_a_run_without_a_checkpoint_begins_again_and_says_so(run, tmp_path, capsys):
     shutil.copytree(run[1] / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/last")
-    assert train.main([*QUICK, "--out", str(tmp_path / "run"), "--resume"]) == 2
-    assert "before its first checkpoint" in capsys.readouterr().err
+    for path in (tmp_path / "run").glob("last*"):
+        shutil.rmtree(path)
+    assert train.main([*QUICK, "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert "no checkpoint yet: begins at step 0" in capsys.readouterr().out
+    found, expected = lines_of(tmp_path / "run"), lines_of(run[1] / "run")
+    assert [(line["step"], line["split"]) for line in found] == [(line["step"], line["split"]) for line in expected]
+    # Another process may have summed with another number of threads.
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], abs=1e-4)
 
 
 def test_a_finished_run_has_nothing_to_resume(run, tmp_path, capsys):
@@ -134,11 +143,39 @@ def test_a_finished_run_has_nothing_to_resume(run, tmp_path, capsys):
     assert "nothing left to do" in capsys.readouterr().out
 
 
-def test_a_diverged_run_saves_no_checkpoint(tmp_path, capsys):
-    arguments = ["--epochs", "0.03", "--blocks", "1", "--lr", "999", "--eval-every", "1", "--warmup", "0"]
-    assert train.main([*arguments, "--out", str(tmp_path / "run")]) in (0, 2)
-    for path in (tmp_path / "run").glob("*/model.safetensors"):
-        checkpoint.check_finite(checkpoint.read_weights(path), str(path))
+def not_finite(steps, loss_function):
+    """A loss function that is nan at some steps."""
+    step = 0
+
+    def function(logits, labels):
+        nonlocal step
+        step += 1
+        return loss_function(logits, labels) * (math.nan if step in steps else 1)
+
+    return function
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.training, "loss_function", not_finite({3, 4, 9}, train.training.loss_function))
+    assert train.main([*QUICK, "--eval-every", "100", "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert out.count("the step is skipped") == 3
+    assert "step 3: loss nan" in out
+    assert "3 steps were skipped" in out
+    assert [line["skipped"] for line in lines_of(tmp_path / "run") if line["split"] == "train"] == [3, 3]
+    checkpoint.check_finite(checkpoint.load(tmp_path / "run/last").weights, "last")
+
+
+def test_more_than_a_few_in_a_row_end_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.training, "loss_function", not_finite(set(range(9, 99)), train.training.loss_function))
+    assert train.main([*QUICK, "--eval-every", "4", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert "5 steps in a row were skipped; step 13: loss nan" in error
+    assert "lower --lr" in error
+    state = torch.load(tmp_path / "run/last/training_state.pt")
+    assert state["step"] >= 8
+    checkpoint.check_finite(checkpoint.load(tmp_path / "run/last").weights, "last")
 
 
 @pytest.fixture
@@ -203,6 +240,10 @@ def test_a_model_that_sees_one_class_says_so(weights, tmp_path, capsys):
         (["--max-length", "18446744073709551616"], ["--max-length"]),
         (["--epochs", "1e308"], ["--epochs"]),
         (["--eval-every", "0"], ["--eval-every"]),
+        (["--save-every", "0"], ["--save-every"]),
+        (["--keep-checkpoints", "0"], ["--keep-checkpoints"]),
+        (["--shard"], ["--shard", "torchrun"]),
+        (["--shard", "--dtype", "fp16"], ["--shard", "fp16"]),
         (["--seed", "-1"], ["--seed"]),
         (["--weight-decay", "-1"], ["--weight-decay"]),
         (["--weights", "x" * 300], ["no folder can have this name"]),

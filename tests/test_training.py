@@ -1,17 +1,16 @@
-"""What the loop is made of: groups, schedule, prediction, the run's folder."""
+"""What the loop is made of: groups, schedule, seeds, prediction, what to say of numbers that are not finite."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import real_batch, tiny
 
 from funnel import demo, training
 from funnel.config import FunnelConfig
-from funnel.data import encode
-from funnel.errors import FunnelError
+from funnel.data import Batch, encode
+from funnel.errors import FunnelError, Stopped
 from funnel.heads import FunnelForSequenceClassification
 from funnel.tokenizer import FunnelTokenizer
 
@@ -81,31 +80,63 @@ def test_bf16_is_for_wide_models():
     assert training.choose_dtype("bf16", CPU, 128) == "bf16"
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run(loss):
-    with pytest.raises(FunnelError, match=r"step 7.*--lr"):
-        training.check_loss(loss, 7, 1e-3)
+def test_every_step_and_process_has_its_own_random_numbers():
+    seeds = {training.step_seed(seed, step, process) for seed in range(3) for step in range(50) for process in range(4)}
+    assert len(seeds) == 600
+    training.seed_step(1, 7)
+    first = torch.rand(3)
+    torch.rand(5)
+    training.seed_step(1, 7)
+    assert torch.equal(torch.rand(3), first)
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
-    (tmp_path / "note").write_text("mine")
-    with pytest.raises(FunnelError, match="--resume"):
-        training.Run(tmp_path, {}, "train", resume=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["note"]
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return FunnelForSequenceClassification(tiny(vocab_size=999))
 
 
-def test_a_run_is_resumed_with_its_own_settings_only(tmp_path):
-    training.Run(tmp_path / "run", {"lr": 1e-5, "seed": 0}, "train", resume=False)
-    training.Run(tmp_path / "run", {"lr": 1e-5, "seed": 0}, "train", resume=True)
-    with pytest.raises(FunnelError, match=r"lr 1e-05, not 2e-05"):
-        training.Run(tmp_path / "run", {"lr": 2e-5, "seed": 0}, "train", resume=True)
-    with pytest.raises(FunnelError, match="holds no run"):
-        training.Run(tmp_path / "none", {}, "train", resume=True)
+def a_batch():
+    ids, mask, types = real_batch([5, 7])
+    return Batch(ids, mask, types, torch.tensor([0, 1]))
 
 
-def test_the_log_is_a_line_an_event(tmp_path):
-    run = training.Run(tmp_path / "run", {}, "train", resume=False)
-    run.log(step=1, split="train", loss=0.5)
-    run.log(step=2, split="dev", loss=0.25, accuracy=1.0)
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert lines[1] == {"step": 2, "split": "dev", "loss": 0.25, "accuracy": 1.0}
+def test_the_norm_is_of_all_gradients(model):
+    batch = a_batch()
+    training.loss_function(model(*batch[:3]), batch.labels).mul(100).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm().item()
+    assert training.clip_gradients(model, 0.5) == pytest.approx(expected, rel=1e-5)
+    clipped = torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm().item()
+    assert clipped == pytest.approx(0.5, rel=1e-4)
+
+
+def test_the_first_layer_that_is_not_finite_is_named(model):
+    model.encoder.layers(1)[0].ffn.linear_1.weight.data[0, 0] = math.inf
+    assert "encoder.blocks.1.0.ffn.linear_1" in training.first_not_finite(model, a_batch(), math.nan)
+
+
+def test_or_the_last_parameter_whose_gradient_is_not(model):
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    names = [name for name, _ in model.named_parameters()]
+    dict(model.named_parameters())[names[3]].grad[0] = math.nan
+    dict(model.named_parameters())[names[7]].grad[0] = math.inf
+    said = training.first_not_finite(model, a_batch(), 0.5)
+    assert names[7] in said
+    assert "2 parameters" in said
+
+
+def test_processes_share_an_evaluation(model, dataset):
+    whole = training.predict(model, dataset, CPU, "fp32", batch_size=2)
+    for size in (2, 3, 4, 7):
+        parts = [training.predict(model, dataset, CPU, "fp32", batch_size=2, share=(rank, size)) for rank in range(size)]
+        torch.testing.assert_close(sum(parts), whole, rtol=0, atol=0)
+
+
+def test_an_evaluation_can_be_broken_off(model, dataset):
+    def check():
+        raise Stopped(15)
+
+    with pytest.raises(Stopped):
+        training.predict(model.train(), dataset, CPU, "fp32", check=check)
+    assert model.training

@@ -1,0 +1,92 @@
+"""A classifier to train: from weights that are there, in the layout that is wanted."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from funnel import layout
+from funnel.checkpoint import load_weights
+from funnel.config import FunnelConfig, parse_layout
+from funnel.convert import fetch, read_source
+from funnel.cost import check_memory
+from funnel.data import Dataset
+from funnel.heads import FunnelForSequenceClassification
+from funnel.tokenizer import FunnelTokenizer
+
+# What random weights start from, before the layout is changed: small enough to learn the demo task on a CPU.
+SMALL = FunnelConfig(block_sizes=(2, 2, 2), num_decoder_layers=0, d_model=128, n_head=4, d_head=32, d_inner=512)
+
+
+class Built(NamedTuple):
+    """What `build_classifier` gives.
+
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        tokenizer: the one that belongs to the weights.
+        plan: where each layer comes from.
+        origin: that in a few words.
+    """
+
+    model: FunnelForSequenceClassification
+    tokenizer: FunnelTokenizer
+    plan: list[layout.LayerPlan]
+    origin: str
+
+    def fit(self, dataset: Dataset, texts: int = 64) -> None:
+        """Adjusts the LayerNorms of new layers to what the model computes on the first texts (`layout.fit_norms`)."""
+        some = dataset.batch(torch.arange(min(texts, len(dataset))).numpy())
+        layout.fit_norms(self.model, self.plan, some.input_ids, some.attention_mask, some.token_type_ids)
+
+
+def build_classifier(
+    weights: str,
+    labels: list[str] | None,
+    blocks: str | None = None,
+    init: str = "identity",
+    keep: str = "spread",
+    plan_file: Path | None = None,
+    texts: Iterable[str] = (),
+    bytes_per_weight: int = 4,
+) -> Built:
+    """Reads weights and changes their layout.
+
+    Args:
+        weights: a folder or hub id, in any format that `convert_weights.py` reads; "none" draws a small model.
+        labels: names of the classes; None for a regression.
+        blocks: the layout, as in "2,2,2,2"; None for that of the weights.
+        init, keep: as in `layout.make_plan`.
+        plan_file: a plan to follow instead.
+        texts: what a tokenizer is trained on where the weights are "none".
+        bytes_per_weight: memory that training will take for one.
+
+    Raises:
+        FunnelError: the weights cannot be had or read, or do not fit the layout, or the model is larger than the memory.
+    """
+    if weights == "none":
+        tokenizer = FunnelTokenizer.train(texts)
+        start = SMALL.replace(vocab_size=tokenizer.vocab_size)
+        old_weights, origin = FunnelForSequenceClassification(start).state_dict(), "random weights"
+        # Published models draw word embeddings with a deviation of 1 and train for a million steps. Adam moves a weight
+        # by about the learning rate a step, so in a thousand steps only small embeddings get anywhere.
+        old_weights["embeddings.word_embeddings.weight"] *= 0.02
+    else:
+        source = read_source(fetch(weights))
+        tokenizer = FunnelTokenizer.load(source.folder).fitting(source.config.vocab_size, source.folder)
+        start, old_weights, origin = source.config, source.weights, weights
+    sizes, repeats = (start.block_sizes, start.repeats) if blocks is None else parse_layout(blocks)
+    config = start.replace(
+        block_sizes=sizes,
+        block_repeats=repeats,
+        num_decoder_layers=0,
+        id2label=dict(enumerate(["score"] if labels is None else labels)),
+        problem_type="regression" if labels is None else "single_label_classification",
+    )
+    plan = layout.read_plan(plan_file, start, config) if plan_file else layout.make_plan(start, config, init, keep)
+    check_memory(config, bytes_per_weight)
+    model = FunnelForSequenceClassification(config)
+    fresh = load_weights(model, layout.apply_plan(old_weights, plan, model.state_dict()), weights)
+    added = sum(row.start != "keep" for row in plan)
+    origin += f" (blocks {start.layout}; {len(plan) - added} layers kept, {added} new: {plan_file or init})"
+    return Built(model, tokenizer, plan, origin + (", new classifier" if fresh else ""))
