@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from funnel.config import FORMAT, FunnelConfig, read_json, write_json
+from funnel.cost import body_parameters
 from funnel.errors import FunnelError, one_line
 
 CONFIG, WEIGHTS, CHECKSUMS = "config.json", "model.safetensors", "checksums.json"
@@ -56,7 +57,11 @@ def load(folder: str | Path) -> Checkpoint:
     values = _own_config(folder)
     config = FunnelConfig.from_dict(values, str(folder / CONFIG))
     verify(folder, [WEIGHTS])
-    return Checkpoint(config, read_weights(folder / WEIGHTS), architecture(values))
+    weights = read_weights(folder / WEIGHTS)
+    there, asked = sum(tensor.numel() for tensor in weights.values()), body_parameters(config)
+    if asked > there:  # before a model of that size is built
+        raise FunnelError(f"{folder}: weights and config do not fit: config.json asks for {asked:,}, the file has {there:,}")
+    return Checkpoint(config, weights, architecture(values))
 
 
 def load_config(folder: str | Path) -> FunnelConfig:
@@ -179,7 +184,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib's raises an error for a name that is too long
         raise FunnelError(f"{path}: no such file; a checkpoint needs its weights")
     weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     check_finite(weights, str(path))

@@ -14,6 +14,7 @@ from funnel.errors import FunnelError
 
 FORMAT = "funnel-1"  # marks a config.json as ours, and says which version of it
 LARGEST = 10_000_000  # of any one size: beyond it a config is damaged, not ambitious
+MOST_LAYERS = 2_000  # in all
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
 PROBLEM_TYPES = ("single_label_classification", "regression")
 
@@ -108,6 +109,12 @@ class FunnelConfig:
         if len(self.block_repeats) != len(self.block_sizes):
             raise FunnelError(
                 f"config: block_repeats {list(self.block_repeats)} and block_sizes {list(self.block_sizes)} differ in length"
+            )
+        runs = sum(size * repeat for size, repeat in zip(self.block_sizes, self.block_repeats, strict=True))
+        if sum(self.block_sizes) > MOST_LAYERS or runs > 10 * MOST_LAYERS:
+            raise FunnelError(
+                f"config: {sum(self.block_sizes):,} layers in {runs:,} runs; it takes {MOST_LAYERS:,} layers at most, "
+                f"and {10 * MOST_LAYERS:,} runs"
             )
         for name in ("vocab_size", "d_model", "n_head", "d_head", "d_inner"):
             self._check(name, _is_int(getattr(self, name)) and 1 <= getattr(self, name) <= LARGEST, f"1 to {LARGEST:,}")

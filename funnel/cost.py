@@ -108,6 +108,11 @@ def total_parameters(config: FunnelConfig) -> int:
     return sum(part.parameters for part in costs(config, 1))
 
 
+def body_parameters(config: FunnelConfig) -> int:
+    """Weights of embeddings and encoder, the least that any model with this config has."""
+    return config.vocab_size * config.d_model + 2 * config.d_model + sum(config.block_sizes) * layer_parameters(config)
+
+
 def available_memory() -> int | None:
     """Bytes of the machine's memory that are free for a new program, or None where the system does not say."""
     try:

@@ -4,9 +4,17 @@ import signal
 import sys
 from collections.abc import Callable
 
+LONGEST = 1000  # letters of a message
+
 
 class FunnelError(ValueError):
-    """Something that the user gave is wrong: the message names the thing, the place and the way out, in one line."""
+    """Something that the user gave is wrong: the message names the thing, the place and the way out, in one line.
+
+    A message that quotes something long is shortened in its middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}")
 
 
 class Stopped(Exception):

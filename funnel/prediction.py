@@ -76,7 +76,7 @@ class Classifier:
             path = checkpoint.existing(path / "best")
         max_length = 512
         if (run / "run.json").is_file():
-            with suppress(KeyError, TypeError, ValueError):
+            with suppress(KeyError, TypeError, ValueError, OverflowError):
                 max_length = int(read_json(run / "run.json")["settings"]["max_length"])
         saved = checkpoint.load(path)
         if saved.architecture != FunnelForSequenceClassification.__name__:

@@ -277,7 +277,10 @@ def column_names(path: Path) -> list[str]:
         return list(values) if isinstance(values, dict) else []
     if format_of(path) == "tsv":
         return first.rstrip("\r\n").split("\t")
-    return next(iter(csv.reader([first])), [])
+    try:
+        return next(iter(csv.reader([first])), [])
+    except csv.Error as error:
+        raise FunnelError(f"{path}, line 1: not csv ({error})") from None
 
 
 def unescape(text: str) -> str:

@@ -194,5 +194,5 @@ def _is_before(line: str, state: State) -> bool:
     try:
         values = json.loads(line)
         return bool(values["step"] <= (state.step if values["split"] == "train" else state.evaluated))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from funnel.config import read_json, write_json
-from funnel.errors import FunnelError
+from funnel.errors import FunnelError, one_line
 
 FILE = "tokenizer.json"
 VOCABULARIES = ("vocab.txt", "vocab.uncased.txt", "vocab.cased.txt")
@@ -51,6 +51,7 @@ class FunnelTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str = "tokenizer") -> None:
+        self.source = source
         self.names: dict[str, str] = {}
         self.ids: dict[str, int] = {}
         for role, names in SPECIAL.items():
@@ -213,6 +214,8 @@ class FunnelTokenizer:
         try:
             inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
             encoded = self.tokenizer.encode_batch(inputs)
+        except Exception as error:  # the library's own, as of a vocabulary without the token for unknown words
+            raise FunnelError(f"{self.source}: cannot encode ({one_line(error)}); take another tokenizer") from None
         finally:
             self.tokenizer.no_truncation()
         return [Encoding(e.ids, e.type_ids, bool(e.overflowing)) for e in encoded]

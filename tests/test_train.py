@@ -149,8 +149,8 @@ def not_finite(steps, loss_function):
 
     def function(logits, labels):
         nonlocal step
-        step += 1
-        return loss_function(logits, labels) * (math.nan if step in steps else 1)
+        step += logits.requires_grad  # not in an evaluation
+        return loss_function(logits, labels) * (math.nan if step in steps and logits.requires_grad else 1)
 
     return function
 

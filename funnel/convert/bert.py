@@ -84,9 +84,9 @@ def read(folder: Path) -> Source:
     for name, tensor in expected.items():
         if name.endswith("r_w_bias") and name in ours and ours[name].numel() == tensor.numel():
             ours[name] = ours[name].reshape(tensor.shape)
-        elif name.endswith(("r_r_bias", "r_s_bias", "r_kernel", "seg_embed")):
-            ours[name] = torch.zeros(tensor.shape)
-    require_exactly(ours, expected, folder)
+    added = [name for name in expected if name.endswith(("r_r_bias", "r_s_bias", "r_kernel", "seg_embed"))]
+    require_exactly(ours, {name: tensor for name, tensor in expected.items() if name not in added}, folder)
+    ours |= {name: torch.zeros(expected[name].shape) for name in added}
 
     words = ours["embeddings.word_embeddings.weight"]
     positions, token_types = (weights[name] for name in FOLDED)
