@@ -26,7 +26,7 @@ def main() -> None:
         out = Path(folder, "run")
         command = [sys.executable, str(ROOT / "train.py"), "--blocks", args.blocks, "--batch-size", str(args.batch_size)]
         command += ["--epochs", str(args.steps * args.batch_size / 24000), "--eval-every", "100", "--out", str(out)]
-        samples = []
+        samples: list[tuple[int, int, int]] = []  # step, bytes, open files
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
             while run.poll() is None:
                 time.sleep(0.2)
@@ -40,11 +40,9 @@ def main() -> None:
     print("| step | memory, MiB | open files |\n|---|---|---|")
     for step, resident, files in samples[:: max(1, len(samples) // 12)] + samples[-1:]:
         print(f"| {step:,} | {resident / 2**20:.1f} | {files} |")
-    tenth, end = (next(s for s in samples if s[0] >= share * samples[-1][0]) for share in (0.1, 1))
-    growth = (end[1] - tenth[1]) / 2**20
-    print(
-        f"\nfrom step {tenth[0]:,} to {end[0]:,}: {growth:+.1f} MiB, {end[2] - tenth[2]:+d} open files; exit status {run.returncode}"
-    )
+    fifth, end = next(s for s in samples if s[0] >= samples[-1][0] / 5), samples[-1]
+    print(f"\nfrom step {fifth[0]:,} to {end[0]:,}: {(end[1] - fifth[1]) / 2**20:+.1f} MiB, {end[2] - fifth[2]:+d} open files")
+    sys.exit(run.returncode)
 
 
 def last_step(log: Path) -> int:

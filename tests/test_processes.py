@@ -138,7 +138,7 @@ def test_any_number_of_processes_is_the_same_run(flags, folder, alone):
     assert_same_run(folder / out, alone)
 
 
-@pytest.mark.parametrize(("first", "then"), [((2,), (1,)), ((1,), (2, "--shard")), ((2, "--shard"), (3,))])
+@pytest.mark.parametrize(("first", "then"), [((2,), (1,)), ((2, "--shard"), (3,))])
 def test_a_run_goes_on_with_another_number_of_processes(first, then, folder, alone):
     out = f"from{len(first)}{first[0]}to{len(then)}{then[0]}"
     size, *more = first
