@@ -75,7 +75,10 @@ def plain(terms: Terms, dropout_p: float) -> Tensor:
     content = torch.einsum("bqhc,bkhc->bhqk", terms.q + terms.w_bias, terms.k)
     scores = content + _relative(terms)
     scores = scores.masked_fill(~terms.key_mask[:, None, None], torch.finfo(scores.dtype).min)
-    return torch.einsum("bhqk,bkhc->bqhc", dropout(scores.softmax(-1), dropout_p), terms.v)
+    weights = scores.softmax(-1)
+    if _recorded is not None:
+        _recorded.append(weights.detach())
+    return torch.einsum("bhqk,bkhc->bqhc", dropout(weights, dropout_p), terms.v)
 
 
 def sdpa(terms: Terms, dropout_p: float) -> Tensor:
@@ -319,6 +322,21 @@ def way(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+_recorded: list[Tensor] | None = None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Tensor]]:
+    """Within it, `attend` takes the plain way and puts every layer's weights, [b, h, q, k], into the list that this gives."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        with way("plain"):
+            yield _recorded
+    finally:
+        _recorded = before
 
 
 def attend(terms: Terms, dropout_p: float) -> Tensor:

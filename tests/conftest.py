@@ -12,7 +12,9 @@ from funnel.config import FunnelConfig
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("FUNNEL_SHARED", ROOT.parent / "shared"))
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as there are cores, in all
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what the tests start
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def tiny(**changes) -> FunnelConfig:
