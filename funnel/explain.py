@@ -8,6 +8,7 @@ where attention looks, not what the values do: a hint, no proof.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,8 +54,8 @@ def explain(classifier: Classifier, text: str, pair: str | None = None) -> Expla
         FunnelError: the text cannot be encoded.
     """
     config = classifier.model.config
-    batch = Dataset.of([text], None if pair is None else [pair], classifier.tokenizer, classifier.max_length).batch([0])
-    ids, mask, types, _ = batch.to(classifier.device)
+    data = Dataset.of([text], None if pair is None else [pair], classifier.tokenizer, classifier.max_length)
+    ids, mask, types, _ = data.batch(np.zeros(1, int)).to(classifier.device)
     with attend.recorded() as weights:
         logits = classifier.model(ids, mask, types).float().cpu()[0]
     layers, pooled = mixing([w[0].mean(0).double().cpu() for w in weights], mask.bool().cpu(), config)
@@ -70,7 +71,7 @@ def explain(classifier: Classifier, text: str, pair: str | None = None) -> Expla
         found = torch.zeros(len(stands_for), dtype=torch.float64)
         found[: len(shares[end])] = shares[end]
         blocks.append([Position(row.nonzero()[:, 0].tolist(), float(s)) for row, s in zip(stands_for, found, strict=True)])
-    names = [classifier.tokenizer.tokenizer.id_to_token(token) for token in ids[0].tolist()]
+    names = [str(classifier.tokenizer.tokenizer.id_to_token(token)) for token in ids[0].tolist()]
     return Explanation(names, share.tolist(), blocks, classifier.prediction(logits))
 
 
