@@ -21,19 +21,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from funnel import layout, training
+from funnel import layout, mistakes, training
 from funnel.build import build_classifier
-from funnel.checkpoint import is_folder, load_weights
+from funnel.checkpoint import load_weights
 from funnel.config import parse_layout
 from funnel.data import Batch, encode
 from funnel.dropout import share_of_batch
 from funnel.errors import FunnelError, Stopped, exit_status
 from funnel.heads import FunnelForSequenceClassification
-from funnel.prediction import Classifier, write_predictions, write_submission
-from funnel.processes import Processes, Signals
-from funnel.reading import ExampleFile, check_format, column_names, format_of
+from funnel.prediction import Classifier, texts_of, write_predictions, write_submission
+from funnel.processes import Processes, Signals, end
 from funnel.run import Run, State, free_folder
-from funnel.tasks import TASKS, Task, get_task, locate, own_task
+from funnel.tasks import TASKS, Task, find_task
 
 PATIENCE = 5  # steps in a row that may be skipped because a number is not finite
 
@@ -91,6 +90,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     where.add_argument("--save-every", type=int, help="steps between checkpoints to go on from (default: at evaluations)")
     where.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="the newest N of those are kept "
                        "(default: %(default)s)")  # fmt: skip
+    where.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     return parser.parse_args(arguments)
 
 
@@ -99,9 +99,11 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     # What was asked for; weights, data, model.
     device = processes.device
     with processes.together():
-        task = find_task(args)
+        task = find_task(
+            args.task, args.data, args.dev, args.text_column, args.text_pair_column, args.label_column, args.problem
+        )
         complete(args, task, processes.size)
-        to_predict = None if args.predict is None else texts_to_predict(args, task)
+        to_predict = args.predict and texts_of(args.predict, task.columns, args.text_column, args.text_pair_column)
         training.set_seed(args.seed)
         training.reuse_memory()
         built = build_classifier(
@@ -131,8 +133,9 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     settings = {name: getattr(args, name) for name in (
         "init", "keep", "warmup", "weight_decay", "seed", "accumulate", "compile", "weights", "epochs", "lr", "batch_size",
         "max_length")} | {name: getattr(args, name) and str(getattr(args, name)) for name in ("data", "layout_plan")} | {
-        "task": task.name, "blocks": config.layout, "dtype": dtype, "steps": total_steps,
-        "train_texts": len(train_set), "dev_texts": len(sets["dev"])}  # fmt: skip
+        "task": task.name, "columns": list(task.columns), "blocks": config.layout, "dtype": dtype, "steps": total_steps,
+        "train_texts": len(train_set), "dev_texts": len(sets["dev"]),
+        "mean_tokens": round(float(train_set.lengths.mean()), 1)}  # fmt: skip
     run = Run(processes.of_first(lambda: open_run(args, settings, plan)), args.keep_checkpoints)
     found = processes.of_first(run.load) if args.resume else None
     if args.resume and processes.is_first:
@@ -165,31 +168,33 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
 
     def evaluate() -> str | None:
         """Measures the model on every set, keeps it if it is the best so far, and returns a warning if there is one."""
-        warning = None
+        warning, on_dev = None, None
         for split, dataset in sets.items():
             share = processes.rank, processes.size
             logits = training.predict(model, dataset, device, dtype, share=share, check=signals.check_here)
-            scores, predictions = training.measure(processes.sum(logits), dataset, task.metrics)
+            logits = processes.sum(logits)
+            scores, predictions = training.measure(logits, dataset, task.metrics)
             if processes.is_first:
                 run.log(step=state.step, split=split, **scores)
             bar.write(describe({"step": state.step, **scores}) + (f" ({split})" if split != "dev" else ""))
             if split == "dev":
-                last = {"step": state.step, **scores}
+                last, on_dev = {"step": state.step, **scores}, logits
                 warning = training.one_class_warning(predictions, dataset.labels, config)
         if training.is_better(last[task.metrics[0]], state.best.get(task.metrics[0])):
             state.best = last
-            save("best")
+            save("best", on_dev)
         state.last, state.evaluated = last, state.step
         return warning
 
-    def save(name: str) -> None:
-        """Writes a checkpoint; "last" has all that a run needs to go on."""
+    def save(name: str, on_dev: torch.Tensor | None = None) -> None:
+        """Writes a checkpoint; "last" has all that a run needs to go on, "best" what its logits on dev get wrong."""
         weights = processes.whole(model.state_dict())
         if name == "last":
             state.optimizer, state.scaler = processes.whole(optimizer.state_dict()), scaler.state_dict()
         if processes.is_first:
             architecture = FunnelForSequenceClassification.__name__
-            run.save(name, config, weights, architecture, tokenizer, state if name == "last" else None)
+            found = None if on_dev is None else mistakes.examine(on_dev, sets["dev"], config, tokenizer)
+            run.save(name, config, weights, architecture, tokenizer, state if name == "last" else None, found)
 
     def skip(said: str, batch: Batch, step_loss: float) -> None:
         """Counts a step that changes nothing, because a number is not finite, and says where that began."""
@@ -250,7 +255,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
                 if processes.is_first and (state.step % 20 == 0 or is_due(eval_every)):
                     rate = seen / (time.perf_counter() - started)
                     run.log(step=state.step, split="train", loss=state.loss, lr=lr, skipped=state.skipped,
-                            examples_per_second=rate)  # fmt: skip
+                            examples_per_second=rate, memory_mib=training.peak_memory(device))  # fmt: skip
                     skipped = f", {state.skipped} skipped" if state.skipped else ""
                     mean_loss = math.nan if state.loss is None else state.loss
                     bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:.0f} texts/s{skipped}", refresh=False)
@@ -328,31 +333,6 @@ def complete(args: argparse.Namespace, task: Task, size: int) -> None:
             raise FunnelError(f"--glue-submission: {task.title} is no task of GLUE")
 
 
-def find_task(args: argparse.Namespace) -> Task:
-    """The task that the arguments ask for, with its files."""
-    is_own = args.data is not None and bool(format_of(args.data)) and not is_folder(args.data)
-    if is_own and args.task:
-        raise FunnelError(f"--task {args.task}: takes a folder for --data; for a file of your own leave --task out")
-    if not is_own:
-        for flag, value in {"--dev": args.dev, "--label-column": args.label_column, "--problem": args.problem}.items():
-            if value is not None:
-                raise FunnelError(f"{flag}: belongs to a file of your own; name it with --data FILE")
-        return locate(get_task(args.task or "demo"), args.data)
-    task, said = own_task(args.data, args.dev, args.text_column, args.text_pair_column, args.label_column, args.problem)
-    print(f"{args.data}: {said}")
-    return task
-
-
-def texts_to_predict(args: argparse.Namespace, task: Task) -> ExampleFile:
-    """The file of --predict, with the columns that the arguments or the task name."""
-    check_format("--predict", args.predict)
-    texts = task.columns if args.text_column is None else (args.text_column,)
-    texts = (texts[0], args.text_pair_column) if args.text_pair_column is not None else texts
-    if missing := [column for column in texts if column not in column_names(args.predict)]:
-        raise FunnelError(f"--predict {args.predict}: no column {missing[0]!r}; name the texts with --text-column")
-    return ExampleFile(args.predict, texts)
-
-
 def describe(scores: dict[str, float]) -> str:
     """An evaluation in a line."""
     return f"step {scores['step']:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "step")
@@ -373,8 +353,8 @@ def main(arguments: list[str] | None = None) -> int:
         with Processes.start(args.device) as processes:
             train(args, processes)
 
-    return exit_status("train.py", run, "--resume with --out FOLDER goes on from the run's last checkpoint")
+    return exit_status("train.py", run, "--resume with --out FOLDER goes on from the run's last checkpoint", args.debug)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

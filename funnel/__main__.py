@@ -1,136 +1,136 @@
-"""Commands beside training.
+"""Commands around training: before it, what a layout costs; after it, predictions, reports, a look inside; many runs in one.
 
-python -m funnel layout --blocks 2,2,2,2,2,2,2                       # what a layout costs, and where its layers come from
-python -m funnel layout --blocks 6,3x2,3x2 --weights DIR --plot funnel.png
+python -m funnel layout --blocks 2,2,2,2,2,2,2               # what a layout costs, and where its layers come from
+python -m funnel predict runs/NAME "a gorgeous , witty film" # labels with probabilities, of texts, standard input or a file
+python -m funnel report runs/NAME [runs/OTHER …]             # a page to send to a colleague, and a table
+python -m funnel explain runs/NAME "a gorgeous , witty film" # what each block keeps of a text, and what reaches [cls]
+python -m funnel sweep --blocks 2,2,2 --blocks 4,4,4 --lr 1e-5,2e-5 --seeds 3 …    # runs train.py for each, then reports
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from funnel import checkpoint, layout
-from funnel.config import FunnelConfig, parse_layout, preset
-from funnel.cost import costs, total_flops, total_parameters
-from funnel.errors import FunnelError, exit_status
+from funnel import layout
+from funnel.errors import exit_status
 
-LENGTHS = (128, 512)
+Subparsers = argparse._SubParsersAction
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="funnel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("layout", help="what a layout costs, and where each of its layers comes from")
-    show.add_argument("--blocks", help="layers in each block, as in 2,2,2,2 or 6,3x2,3x2 (default: as in the weights)")
-    show.add_argument("--weights", default="small", help="a checkpoint folder of ours, or the name of a released size, as in "
-                      "small, medium-base, xlarge (default: %(default)s)")  # fmt: skip
-    show.add_argument("--against", metavar="BLOCKS", help="layout of the same width to compare the cost with, as in 12 for a "
-                      "network that never pools (default: the weights' own)")  # fmt: skip
-    show.add_argument("--init", choices=layout.INITS, default="identity", help="(default: %(default)s)")
-    show.add_argument("--keep", choices=layout.KEEPS, default="spread", help="which layers stay where the weights have more "
-                      "(default: %(default)s)")  # fmt: skip
-    show.add_argument("--layout-plan", type=Path, help="JSON file with a plan, instead of --init")
-    show.add_argument("--plot", type=Path, help="picture of the funnel to write (needs the extra plot)")
-    args = parser.parse_args(arguments)
-    return exit_status("funnel", lambda: show_layout(args), "nothing was written")
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (add_layout, add_predict, add_report, add_explain, add_sweep):
+        add(commands)
+    args, more = parser.parse_known_args(arguments)
+    if more and args.command != "sweep":
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    args.more = more
+    work: Callable[[argparse.Namespace], object] = args.work
+    return exit_status("funnel", lambda: work(args), "the same command goes on", args.debug)
 
 
-def show_layout(args: argparse.Namespace) -> None:
-    """Prints costs and plan of a layout.
+# Each command's module is imported when it runs, not before: `--help` and mistakes in the arguments need none of them.
 
-    Raises:
-        FunnelError: layout, weights or plan cannot be read.
-    """
-    old = source_config(args.weights).replace(num_decoder_layers=0)
-    new, other = (with_blocks(old, blocks) for blocks in (args.blocks, args.against))
-    plan = (
-        layout.read_plan(args.layout_plan, old, new) if args.layout_plan else layout.make_plan(old, new, args.init, args.keep)
+
+def add_layout(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("layout", help="what a layout costs, and where each of its layers comes from")
+    parser.add_argument("--blocks", help="layers in each block, as in 2,2,2,2 or 6,3x2,3x2 (default: as in the weights)")
+    parser.add_argument("--weights", default="small", help="a checkpoint folder of ours, or the name of a released size, as in "
+                        "small, medium-base, xlarge (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--against", metavar="BLOCKS", help="layout of the same width to compare the cost with, as in 12 for a "
+                        "network that never pools (default: the weights' own)")  # fmt: skip
+    parser.add_argument("--init", choices=layout.INITS, default="identity", help="(default: %(default)s)")
+    parser.add_argument("--keep", choices=layout.KEEPS, default="spread", help="which layers stay where the weights have more "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--layout-plan", type=Path, help="JSON file with a plan, instead of --init")
+    parser.add_argument("--plot", type=Path, help="picture of the funnel to write (needs the extra plot)")
+
+    def work(args: argparse.Namespace) -> None:
+        from funnel import show
+
+        show.show_layout(args)
+
+    parser.set_defaults(work=work)
+
+
+def add_predict(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("predict", help="labels with probabilities, of texts, of standard input, or of a file")
+    _add_classifier(parser)
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="(default: standard input, a text a line; of a pair the "
+                        "second one behind a tab)")  # fmt: skip
+    parser.add_argument("--pair", action="append", metavar="TEXT", help="the second text of a pair; once for each TEXT")
+    parser.add_argument("--file", type=Path, help=".tsv, .csv or .jsonl file of texts, each also with .gz")
+    parser.add_argument("--out", type=Path, help="file for the predictions of --file, in any of those formats (default: "
+                        "predictions-FILE in the run's folder)")  # fmt: skip
+    parser.add_argument("--text-column", help="of --file (default: as in training, else text or sentence)")
+    parser.add_argument("--text-pair-column", help="of --file (default: as in training)")
+
+    def work(args: argparse.Namespace) -> None:
+        from funnel import prediction
+
+        prediction.predict_command(args)
+
+    parser.set_defaults(work=work)
+
+
+def add_report(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "report", help="one page on one or several runs, and a Markdown table (needs the extra report)"
     )
-    print(f"layout {new.layout}, width {new.d_model}, a classifier without decoder; from {args.weights} ({old.layout})\n")
-    print(cost_table(new))
-    flops = (f"{total_flops(new, length) / total_flops(other, length):.2f} of its FLOPs at {length}" for length in LENGTHS)
-    weights = total_parameters(new) / total_parameters(other)
-    print(f"\nagainst {other.layout}: {', '.join(flops)}, {weights:.2f} of its parameters\n")
-    print("\n".join(f"layer {row}" for row in plan))
-    if args.plot:
-        draw(new, args.plot)
-        print(f"\nwrote {args.plot}")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or folder with several of them")
+    parser.add_argument("--out", type=Path, help="the page (default: report.html in the folder that has the runs)")
+
+    def work(args: argparse.Namespace) -> None:
+        from funnel import report
+
+        report.report_command(args.runs, args.out)
+
+    parser.set_defaults(work=work)
 
 
-def source_config(weights: str) -> FunnelConfig:
-    """The config of a checkpoint folder, or of a released size."""
-    return checkpoint.load_config(weights) if checkpoint.is_folder(Path(weights)) else preset(weights)
+def add_explain(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("explain", help="what each block keeps of a text, and how much of it reaches [cls]")
+    _add_classifier(parser)
+    parser.add_argument("text", metavar="TEXT")
+    parser.add_argument("--pair", metavar="TEXT", help="the second text of a pair")
+
+    def work(args: argparse.Namespace) -> None:
+        from funnel import explain
+        from funnel.prediction import Classifier
+
+        print(explain.describe(explain.explain(Classifier.load(args.run, args.device, args.dtype), args.text, args.pair)))
+
+    parser.set_defaults(work=work)
 
 
-def with_blocks(config: FunnelConfig, blocks: str | None) -> FunnelConfig:
-    """The config in the layout that `blocks` names, or as it is."""
-    sizes, repeats = parse_layout(blocks) if blocks else (config.block_sizes, config.repeats)
-    return config.replace(block_sizes=sizes, block_repeats=repeats)
-
-
-def cost_table(config: FunnelConfig) -> str:
-    """A line a part of the model: layers, lengths, parameters, FLOPs, memory; with the shares of the whole."""
-    by_length = [costs(config, length) for length in LENGTHS]
-    rows = [("", "layers", *_heads("at"), "parameters", "", *_heads("GFLOPs at"), *_heads("MiB at"))]
-    parameters = total_parameters(config)
-    flops = [sum(part.flops for part in parts) for parts in by_length]
-    kept = [sum(part.activations for part in parts) for parts in by_length]
-    for part, *others in zip(*by_length, strict=True):
-        same = (part, *others)
-        layers = f"{part.layers}" + (f" x {part.runs // part.layers}" if part.runs > part.layers else "") if part.layers else ""
-        gflops = [f"{p.flops / 1e9:.3g} ({p.flops / f:.0%})" for p, f in zip(same, flops, strict=True)]
-        lengths = [str(p.length) if p.length else "" for p in same]
-        mib = [f"{p.activations * 2 / 2**20:.3g} ({p.activations / k:.0%})" for p, k in zip(same, kept, strict=True)]
-        share = f"{part.parameters / parameters:.0%}"
-        rows.append((part.name, layers, *lengths, f"{part.parameters:,}", share, *gflops, *mib))
-    sums = [f"{f / 1e9:.3g}" for f in flops] + [f"{k * 2 / 2**20:.3g}" for k in kept]
-    rows.append(("all", "", *("" for _ in LENGTHS), f"{parameters:,}", "", *sums))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return (
-        "\n".join(line.rstrip() for line in lines)
-        + "\n\nMiB: what a training step keeps of one text for its backward pass, in bf16, about."
+def add_sweep(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "sweep",
+        help="train.py for every combination of layouts, learning rates and seeds, then the report",
+        description="Trains every combination, one after the other, each in a folder of its own in --out. The same command "
+        "goes on where it was stopped and skips what is done. Arguments that are not listed here go to train.py as they are.",
     )
+    parser.add_argument("--blocks", action="append", help="a layout; once for each (default: as in the weights)")
+    parser.add_argument("--init", help="one or several of identity,copy,random (default: identity)")
+    parser.add_argument("--lr", help="learning rates, as in 1e-5,2e-5 (default: the task's)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder of the runs (default: %(default)s)")
+
+    def work(args: argparse.Namespace) -> None:
+        from funnel import sweep
+
+        sweep.sweep_command(args.out, args.blocks, args.init, args.lr, args.seeds, args.more)
+
+    parser.set_defaults(work=work)
 
 
-def _heads(text: str) -> tuple[str, ...]:
-    return tuple(f"{text} {length}" for length in LENGTHS)
-
-
-def draw(config: FunnelConfig, path: Path) -> None:
-    """Draws the funnel: a bar a layer, as wide as the sequence is long there.
-
-    Raises:
-        FunnelError: matplotlib is not installed, or the picture cannot be written.
-    """
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise FunnelError("--plot needs the extra plot: pip install -e '.[plot]'") from None
-    parts = [part for part in costs(config, LENGTHS[0]) if part.layers]
-    whole = sum(part.flops for part in parts)
-    figure, axis = plt.subplots(figsize=(7, 0.25 * sum(part.runs for part in parts) + 1.2), layout="constrained")
-    row, colors = 0, plt.get_cmap("viridis")
-    for number, part in enumerate(parts):
-        color = colors(0.15 + 0.7 * number / max(1, len(parts) - 1))
-        rows = range(row, row + part.runs)
-        axis.barh(rows, part.length, left=-part.length / 2, height=0.8, color=color)
-        note = (
-            f"{part.name}: length {part.length}, {part.parameters / 1e6:.3g} M weights, {part.flops / whole:.0%} of the FLOPs"
-        )
-        axis.text(LENGTHS[0] * 0.55, row + (part.runs - 1) / 2, note, va="center", fontsize=8)
-        row += part.runs
-    axis.invert_yaxis()
-    axis.set_axis_off()
-    axis.set_title(f"{config.layout}, {LENGTHS[0]} tokens", fontsize=10)
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise FunnelError(f"--plot {path}: cannot be written ({error})") from None
-    finally:
-        plt.close(figure)
+def _add_classifier(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or of a checkpoint")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="(default: the fastest that is there)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="(default: bf16 where the device computes in it)")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,11 @@ class Dataset:
         rows = {"starts": self._starts, "seconds": self._seconds, "lengths": self.lengths, "labels": self.labels}
         return Dataset(self._ids, {name: array[index] for name, array in rows.items()}, self.cut, self.pad_id)
 
+    def ids(self, row: int) -> list[int]:
+        """The ids of one example."""
+        found: list[int] = self._ids[self._starts[row] : self._starts[row] + self.lengths[row]].tolist()
+        return found
+
     def batch(self, index: np.ndarray, width: int | None = None) -> Batch:
         """Collects rows into a padded batch, [b, l] with l the width, or else the longest row's length."""
         width = width or int(self.lengths[index].max())

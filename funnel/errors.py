@@ -1,5 +1,6 @@
 """What ends a command: a mistake in what was given, a signal; and with which exit status."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -36,20 +37,28 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-def exit_status(program: str, run: Callable[[], object], stopped: str) -> int:
+def exit_status(program: str, run: Callable[[], object], stopped: str, debug: bool = False) -> int:
     """Runs a command and returns its exit status.
 
-    0, 2 after a FunnelError (told in one line), 128 + the signal's number after a signal: 130 after Ctrl-C, 143 after
-    SIGTERM.
+    0 when it is done; 2 after a FunnelError or an error of the system (told in one line); 128 + the signal's number after a
+    signal: 130 after Ctrl-C, 143 after SIGTERM, 141 where the reader of standard output is gone.
 
     Args:
         program: the command's name, before messages.
         stopped: what to say after Ctrl-C.
+        debug: let errors through, with their traceback.
     """
     try:
         run()
-    except FunnelError as error:
+        sys.stdout.flush()
+    except (FunnelError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            _discard_output()
+            return 128 + signal.SIGPIPE
+        if debug:
+            raise
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _discard_output()
         return 2
     except Stopped as stop:
         print(f"{program}: stopped; {str(stop) or stopped}", file=sys.stderr)
@@ -57,4 +66,14 @@ def exit_status(program: str, run: Callable[[], object], stopped: str) -> int:
     except KeyboardInterrupt:
         print(f"{program}: stopped; {stopped}", file=sys.stderr)
         return 128 + signal.SIGINT
+    except SystemExit as end:
+        return int(end.code or 0)
     return 0
+
+
+def _discard_output() -> None:
+    """Has what standard output cannot take dropped, so that the interpreter's end does not fail on it again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,10 +4,12 @@ classify = Classifier.load("runs/sst2-2,2,2-seed0")
 classify("a gorgeous , witty film")                     # Prediction(label='positive', probability=0.98, ...)
 """
 
+import argparse
 import csv
 import gzip
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +23,7 @@ from funnel.checkpoint import read_json
 from funnel.data import Dataset
 from funnel.errors import FunnelError, one_line
 from funnel.heads import FunnelForSequenceClassification
-from funnel.reading import ExampleFile, format_of
+from funnel.reading import Column, ExampleFile, check_format, column_names, format_of
 from funnel.tasks import Task
 from funnel.tokenizer import FunnelTokenizer
 
@@ -50,12 +52,19 @@ class Classifier:
         tokenizer: the one that it was trained with.
         max_length: tokens of a text at most.
         dtype: of matrix products, a name in `training.DTYPES`.
+        columns: of the texts that it was trained on, where these have names.
     """
 
     def __init__(
-        self, model: FunnelForSequenceClassification, tokenizer: FunnelTokenizer, max_length: int = 512, dtype: str = "fp32"
+        self,
+        model: FunnelForSequenceClassification,
+        tokenizer: FunnelTokenizer,
+        max_length: int = 512,
+        dtype: str = "fp32",
+        columns: Sequence[str] = (),
     ) -> None:
         self.model, self.tokenizer, self.max_length, self.dtype = model.eval(), tokenizer, max_length, dtype
+        self.columns = tuple(columns)
         self.device = next(model.parameters()).device
 
     @classmethod
@@ -74,10 +83,12 @@ class Classifier:
         run = path if (path / "run.json").is_file() else path.parent
         if run == path:
             path = checkpoint.existing(path / "best")
-        max_length = 512
+        max_length, columns = 512, []
         if (run / "run.json").is_file():
             with suppress(KeyError, TypeError, ValueError, OverflowError):
-                max_length = int(read_json(run / "run.json")["settings"]["max_length"])
+                settings = read_json(run / "run.json")["settings"]
+                max_length = int(settings["max_length"])
+                columns = [column for column in settings["columns"] if isinstance(column, str)]
         saved = checkpoint.load(path)
         if saved.architecture != FunnelForSequenceClassification.__name__:
             raise FunnelError(f"{path}: holds a {saved.architecture}, not a classifier; train.py makes one of it")
@@ -85,7 +96,7 @@ class Classifier:
         checkpoint.load_weights(model, saved.weights, str(path))
         place = training.choose_device(device)
         tokenizer = FunnelTokenizer.load(path).fitting(saved.config.vocab_size, path)
-        return cls(model.to(place), tokenizer, max_length, training.choose_dtype(dtype, place, saved.config.d_model))
+        return cls(model.to(place), tokenizer, max_length, training.choose_dtype(dtype, place, saved.config.d_model), columns)
 
     @overload
     def __call__(self, texts: str, pairs: str | None = None) -> Prediction: ...
@@ -126,6 +137,32 @@ class Classifier:
                 for row in self.logits([row.text for row in chunk], pairs):
                     yield self.prediction(row)
                 bar.update(len(chunk))
+
+
+def texts_of(
+    path: Path, columns: Sequence[Column], text: str | None = None, pair: str | None = None, flag: str = "--predict"
+) -> ExampleFile:
+    """A file of texts to predict for.
+
+    Args:
+        columns: of the texts that the classifier was trained on; where the file does not have them, "text" or "sentence".
+        text, pair: columns instead of these.
+        flag: what the file was given with.
+
+    Raises:
+        FunnelError: the file is not there, its name says no format, or a column is missing.
+    """
+    check_format(flag, path)
+    names = column_names(path)
+    wanted = tuple(columns) if text is None else (text,)
+    if text is None and not all(column in names for column in wanted):
+        wanted = next(((name,) for name in ("text", "sentence") if name in names), wanted or ("text",))
+    wanted = (wanted[0], pair) if pair is not None else wanted
+    if missing := [column for column in wanted if column not in names]:
+        raise FunnelError(
+            f"{path}: no column {missing[0]!r}; name the texts with --text-column; there are {', '.join(names)[:200]}"
+        )
+    return ExampleFile(path, wanted)
 
 
 def write_predictions(predictions: Iterator[Prediction], path: Path) -> int:
@@ -204,3 +241,50 @@ def write_submission(classifier: Classifier, task: Task, folder: Path) -> list[P
             raise FunnelError(f"--glue-submission {folder}: cannot be written ({one_line(error)})") from None
         paths.append(folder / f"{name}.tsv")
     return paths
+
+
+def predict_command(args: argparse.Namespace) -> None:
+    """`python -m funnel predict`; its arguments are in __main__.py.
+
+    Raises:
+        FunnelError: the classifier cannot be loaded, or a file has a mistake.
+    """
+    given = [name for name, value in (("TEXT", args.texts), ("--file", args.file)) if value]
+    if len(given) == 2:
+        raise FunnelError("predict: takes texts or --file, not both")
+    for flag, value in {
+        "--out": args.out,
+        "--text-column": args.text_column,
+        "--text-pair-column": args.text_pair_column,
+    }.items():
+        if value is not None and args.file is None:
+            raise FunnelError(f"{flag}: belongs to --file")
+    if args.pair is not None and len(args.pair) != len(args.texts):
+        raise FunnelError(f"--pair: given {len(args.pair)} times for {len(args.texts)} texts; each has one, or none has")
+    classifier = Classifier.load(args.run, args.device, args.dtype)
+    if args.file is not None:
+        source = texts_of(args.file, classifier.columns, args.text_column, args.text_pair_column, "--file")
+        out = args.out or args.run / f"predictions-{args.file.name}"
+        print(f"{write_predictions(classifier.of_file(source), out):,} predictions in {out}")
+        return
+    if args.texts:
+        _print(classifier, args.texts, args.pair)
+        return
+    lines = (line.rstrip("\r\n") for line in sys.stdin)
+    if sys.stdin.isatty():
+        print("a text a line; Ctrl-D ends", file=sys.stderr)
+    while chunk := list(itertools.islice(lines, 1 if sys.stdin.isatty() else CHUNK)):
+        if len(classifier.columns) < 2:
+            _print(classifier, chunk, None)
+        else:
+            parts = [line.partition("\t") for line in chunk]
+            _print(classifier, [first for first, _, _ in parts], [second for _, _, second in parts])
+
+
+def _print(classifier: Classifier, texts: list[str], pairs: list[str] | None) -> None:
+    """A line a text: label, probability, text; with tabs between them and none within."""
+    for number, found in enumerate(classifier(texts, pairs)):
+        label = found.label if isinstance(found.label, str) else f"{found.label:.4g}"
+        probability = [] if found.probability is None else [f"{found.probability:.1%}"]
+        fields = [label, *probability, texts[number], *([pairs[number]] if pairs else [])]
+        print("\t".join(" ".join(field.split()) for field in fields), flush=True)

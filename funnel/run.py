@@ -3,7 +3,7 @@
 run.json          the command and the settings
 layout_plan.json  where every layer came from
 metrics.jsonl     a line every 20 steps, one an evaluation
-best/             the checkpoint of the best evaluation
+best/             the checkpoint of the best evaluation, with what it got wrong (evaluation.json)
 last/             the newest one, with what training needs to go on; last-1/, last-2/ … the ones before it
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funnel import checkpoint
+from funnel import checkpoint, mistakes
 from funnel.config import FunnelConfig, write_json
 from funnel.errors import FunnelError, one_line
 from funnel.tokenizer import FunnelTokenizer
@@ -160,8 +160,12 @@ class Run:
         architecture: str,
         tokenizer: FunnelTokenizer,
         state: State | None = None,
+        evaluation: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes a checkpoint folder, with the training state where one is given; then former ones are kept, too.
+
+        Args:
+            evaluation: what `mistakes.examine` found.
 
         Raises:
             FunnelError: it cannot be written; the one before it is as it was.
@@ -169,6 +173,8 @@ class Run:
 
         def extra(folder: Path) -> None:
             tokenizer.save(folder)
+            if evaluation is not None:
+                write_json(folder / mistakes.FILE, dict(evaluation))
             if state is not None:
                 with (folder / STATE).open("wb") as file:
                     torch.save({f.name: getattr(state, f.name) for f in dataclasses.fields(state)}, file)

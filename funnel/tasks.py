@@ -11,7 +11,7 @@ from funnel.checkpoint import is_folder
 from funnel.data import Examples, cache_folder
 from funnel.download import Archive, download, unpack
 from funnel.errors import FunnelError, one_line
-from funnel.reading import Column, ExampleFile, check_format, column_names, read_lines
+from funnel.reading import Column, ExampleFile, check_format, column_names, format_of, read_lines
 
 Files = Mapping[str, ExampleFile | Examples]
 
@@ -260,6 +260,39 @@ def make_mrpc(folder: Path, out: Path) -> None:
         part.replace(out)
     except OSError as error:
         raise FunnelError(f"{out}: cannot be written ({one_line(error)})") from None
+
+
+def find_task(
+    name: str | None = None,
+    data: Path | None = None,
+    dev: Path | None = None,
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    problem: str | None = None,
+) -> Task:
+    """The task that `train.py`'s arguments of these names ask for, with its files where they are.
+
+    Of the user's own file it is printed what was found in it.
+
+    Args:
+        name: of a task; None for the demo, or for the user's own where `data` is a file.
+        data: as in `locate`, or a file of the user's own.
+        dev, text, pair, label, problem: as in `own_task`.
+
+    Raises:
+        FunnelError: there is no such task, or a file is missing or cannot be used, or arguments do not go together.
+    """
+    if data is None or not format_of(data) or is_folder(data):
+        for flag, value in {"--dev": dev, "--label-column": label, "--problem": problem}.items():
+            if value is not None:
+                raise FunnelError(f"{flag}: belongs to a file of your own; name it with --data FILE")
+        return locate(get_task(name or "demo"), data)
+    if name:
+        raise FunnelError(f"--task {name}: takes a folder for --data; for a file of your own leave --task out")
+    task, said = own_task(data, dev, text, pair, label, problem)
+    print(f"{data}: {said}")
+    return task
 
 
 def own_task(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -219,3 +219,14 @@ class FunnelTokenizer:
         finally:
             self.tokenizer.no_truncation()
         return [Encoding(e.ids, e.type_ids, bool(e.overflowing)) for e in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that ids stand for, as far as the vocabulary keeps it; the texts of a pair with " | " between them."""
+        texts: list[list[str]] = [[]]
+        for token in ids:
+            if token == self.ids["sep"]:
+                texts.append([])
+            elif token not in (self.cls_id, self.pad_id):
+                texts[-1].append(self.tokenizer.id_to_token(int(token)) or "")
+        decoder = self.tokenizer.decoder or decoders.WordPiece()
+        return " | ".join(decoder.decode(text) for text in (texts[:-1] or texts))

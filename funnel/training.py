@@ -5,6 +5,7 @@ what to say when numbers are no longer finite.
 import ctypes
 import math
 import random
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -66,6 +67,19 @@ def reuse_memory(reuse: bool = True) -> None:
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
     mallopt(m_mmap_max, 0 if reuse else 65536)  # blocks of their own, which are always handed back
     mallopt(m_trim_threshold, 2**31 - 1 if reuse else 2**26)
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The most MiB that this process has had at once: on a GPU PyTorch's tensors, else the whole process; None where the
+    system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:

@@ -2,12 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
-from conftest import tiny
+from conftest import ROOT, tiny
 
 from funnel.__main__ import main
 from funnel.config import preset
+from funnel.errors import FunnelError
 from funnel.heads import FunnelForSequenceClassification
 
 
@@ -52,6 +55,32 @@ def test_layout_reads_a_checkpoint_and_a_plan(tmp_path, capsys):
     arguments = ["layout", "--weights", str(tmp_path / "mine"), "--blocks", "1,1", "--layout-plan", str(tmp_path / "plan.json")]
     assert main(arguments) == 0
     assert "layer 0.0 copy of 1.1\nlayer 1.0 random" in capsys.readouterr().out
+
+
+def test_an_error_has_a_traceback_with_debug_only(capsys):
+    assert main(["layout", "--blocks", "x"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    with pytest.raises(FunnelError, match="'x' is no block"):
+        main(["--debug", "layout", "--blocks", "x"])
+
+
+def test_standard_output_that_is_full_or_closed_is_no_traceback():
+    """As head closes it behind the lines that it wants, and as a full disk ends a log."""
+    command = f"{sys.executable} -m funnel layout"
+    full = subprocess.run(f"{command} > /dev/full", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert full.returncode == 2
+    assert full.stderr == "funnel: error: [Errno 28] No space left on device\n"
+    script = (
+        f"import os, subprocess; r, w = os.pipe(); os.close(r); print(subprocess.run({command.split()}, stdout=w).returncode)"
+    )
+    closed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (closed.stdout, closed.stderr) == ("141\n", "")
+
+
+def test_arguments_that_no_command_knows_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["layout", "--colour"])
+    assert "--colour" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

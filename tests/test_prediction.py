@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import re
 
@@ -11,6 +12,7 @@ from conftest import tiny
 
 import train
 from funnel import prediction
+from funnel.__main__ import main
 from funnel.errors import FunnelError
 from funnel.heads import FunnelForMaskedLM, FunnelForSequenceClassification
 from funnel.prediction import Classifier, Prediction, write_predictions, write_submission
@@ -212,3 +214,63 @@ def test_mistakes_in_own_data_are_one_line_and_start_nothing(tmp_path, arguments
     assert re.search(words, error), error
     assert "\n" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_predict_prints_a_line_a_text(checkpoint, capsys, monkeypatch):
+    assert main(["predict", str(checkpoint), *TEXTS[:4]]) == 0
+    lines = capsys.readouterr().out.split("\n")[:-1]
+    for line, text in zip(lines, TEXTS[:4], strict=True):
+        probabilities = expected(checkpoint, text)
+        label = ["no", 'yes, "really"', "a b"][probabilities.index(max(probabilities))]
+        assert line == f"{label}\t{max(probabilities):.1%}\t{text.strip()}"
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\r\n" for text in TEXTS[:4])))
+    assert main(["predict", str(checkpoint)]) == 0
+    assert capsys.readouterr().out.split("\n")[:-1] == lines
+
+
+def test_predict_takes_pairs(checkpoint, capsys, monkeypatch):
+    assert main(["predict", str(checkpoint), "a film", "good", "--pair", "not bad", "--pair", "bad"]) == 0
+    given = capsys.readouterr().out
+    for line, pair in zip(given.splitlines(), [("a film", "not bad"), ("good", "bad")], strict=True):
+        assert f"\t{max(expected(checkpoint, *pair)):.1%}\t{pair[0]}\t{pair[1]}" in line
+    (checkpoint.parent / "run.json").write_text('{"settings": {"max_length": 128, "columns": ["first", "second"]}}')
+    monkeypatch.setattr("sys.stdin", io.StringIO("a film\tnot bad\ngood\tbad\n"))
+    assert main(["predict", str(checkpoint.parent)]) == 0
+    assert capsys.readouterr().out == given
+
+
+def test_predict_reads_the_columns_of_training_and_writes_a_file(checkpoint, tmp_path, capsys):
+    run = checkpoint.parent
+    (run / "run.json").write_text('{"settings": {"max_length": 128, "columns": ["review"]}}')
+    (tmp_path / "new.csv").write_text("text,review\nx,a good film\n")
+    assert main(["predict", str(run), "--file", str(tmp_path / "new.csv")]) == 0
+    rows = list(csv.reader((run / "predictions-new.csv").open()))
+    assert [float(p) for p in rows[1][2:]] == pytest.approx(expected(checkpoint, "a good film"), abs=1e-6)
+    (tmp_path / "other.jsonl").write_text('{"text": "good"}\n')
+    assert main(["predict", str(run), "--file", str(tmp_path / "other.jsonl"), "--out", str(tmp_path / "o.jsonl")]) == 0
+    found = json.loads((tmp_path / "o.jsonl").read_text())
+    assert list(found["probabilities"].values()) == pytest.approx(expected(checkpoint, "good"), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("text", "--file", "x.csv"), "not both"),
+        (("text", "--out", "x.csv"), "--out: belongs to --file"),
+        (("text", "--pair", "a", "--pair", "b"), "given 2 times for 1 texts"),
+        (("--file", "missing.csv"), "--file missing.csv: no such file"),
+        (("--file", "texts.txt"), "it takes a .tsv"),
+    ],
+)
+def test_mistakes_of_predict_are_one_line(arguments, words, checkpoint, capsys):
+    assert main(["predict", str(checkpoint), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_explain_prints_every_block(checkpoint, capsys):
+    assert main(["explain", str(checkpoint), "the very good film"]) == 0
+    out = capsys.readouterr().out
+    assert "very good" in out
+    assert out.count("block") == 3

@@ -92,7 +92,7 @@ def whole(task, start):
 def log_of(folder):
     """metrics.jsonl without the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("examples_per_second", "memory_mib")} for line in lines]
 
 
 def is_new(path, since):
