@@ -313,6 +313,15 @@ def test_a_bert_that_is_not_finite_is_named(tmp_path):
         read_source(tmp_path / "bert")
 
 
+def test_a_bert_whose_scores_overflow_is_named(tmp_path):
+    bert_folder(tmp_path / "bert")
+    weights = load_file(tmp_path / "bert/model.safetensors")
+    weights["encoder.layer.1.attention.self.query.weight"] *= 1e37
+    save_file(weights, tmp_path / "bert/model.safetensors")
+    with pytest.raises(FunnelError, match="bert: the attention scores of layer 1 overflow"):
+        read_source(tmp_path / "bert")
+
+
 def test_a_bert_in_half_precision_is_read(tmp_path):
     bert_folder(tmp_path / "bert")
     weights = load_file(tmp_path / "bert/model.safetensors")

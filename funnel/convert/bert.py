@@ -97,7 +97,7 @@ def read(folder: Path) -> Source:
     ours["embeddings.word_embeddings.weight"] = fold(words, positions, token_types, cls_id)
     model = FunnelBaseModel(flat).eval()
     model.load_state_dict(ours)
-    fit_positions(model, words, positions, token_types, cls_id)
+    fit_positions(model, words, positions, token_types, cls_id, folder)
 
     blocks = {
         re.sub(r"^encoder\.blocks\.0\.(\d+)", lambda m: place(int(m[1]), config.block_sizes), name): tensor
@@ -156,7 +156,9 @@ def fold(words: Tensor, positions: Tensor, token_types: Tensor, cls_id: int) -> 
 
 
 @torch.no_grad()
-def fit_positions(model: FunnelBaseModel, words: Tensor, positions: Tensor, token_types: Tensor, cls_id: int) -> None:
+def fit_positions(
+    model: FunnelBaseModel, words: Tensor, positions: Tensor, token_types: Tensor, cls_id: int, folder: Path
+) -> None:
     """Fits r_kernel and r_r_bias of every layer to what position embeddings did to the source's attention scores.
 
     Random words run through the layers twice: with BERT's position embeddings, and without them but with the relative
@@ -169,6 +171,10 @@ def fit_positions(model: FunnelBaseModel, words: Tensor, positions: Tensor, toke
     Args:
         model: one block, with the folded word embeddings; its r_kernel and r_r_bias are overwritten.
         words, positions, token_types: the source's embeddings.
+        folder: where they come from, for the error.
+
+    Raises:
+        FunnelError: the source's hidden states overflow.
     """
     config = model.config
     length, texts, far = min(64, len(positions)), 48, 512
@@ -188,7 +194,7 @@ def fit_positions(model: FunnelBaseModel, words: Tensor, positions: Tensor, toke
     inputs = build.inputs(build.distances(length, words.dtype, words.device), (0, types), (0, types, mask), length)
     theirs = model.embeddings.layer_norm(words[ids] + positions[:length] + token_types[0])
     ours = model.embeddings(ids)
-    for layer in model.encoder.layers(0):
+    for number, layer in enumerate(model.encoder.layers(0)):
         attention = layer.attention
         absolute = _content_scores(attention, theirs)
         theirs = layer(theirs, theirs, inputs)  # before the fit, this is BERT's own layer
@@ -200,7 +206,10 @@ def fit_positions(model: FunnelBaseModel, words: Tensor, positions: Tensor, toke
         kernel = torch.linalg.solve(gram, weighted.T @ target.T)  # [d_model, h]
 
         queries = attention.q_head(ours[:, 1:]).unflatten(-1, (config.n_head, config.d_head)).flatten(0, 1)
-        variance, directions = torch.linalg.eigh(torch.einsum("nhi,nhj->hij", queries, queries) / len(queries))
+        moments = torch.einsum("nhi,nhj->hij", queries, queries) / len(queries)
+        if not (moments.isfinite().all() and kernel.isfinite().all()):
+            raise FunnelError(f"{folder}: the attention scores of layer {number} overflow: its weights are damaged")
+        variance, directions = torch.linalg.eigh(moments)
         least = directions[:, :, 0]  # [h, d_head]; eigenvalues ascend
         size = (8 * variance[:, :1].clamp(min=0).sqrt()).clamp(min=0.5)  # [h, 1]
         attention.r_r_bias.copy_(size * least)
