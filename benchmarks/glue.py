@@ -80,7 +80,7 @@ def source(task: str, seed: int, epochs: float, args: argparse.Namespace) -> Res
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), **os.environ}
 
 
 def train_source(name: str, seed: int, epochs: float, args: argparse.Namespace) -> Result:

@@ -63,7 +63,7 @@ def run(layout: str, init: str, seed: int, args: argparse.Namespace) -> Result:
         shutil.rmtree(folder)
     print("+", " ".join(command[1:]), flush=True)
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": threads})
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={"OMP_NUM_THREADS": threads, **os.environ})
     result = read(folder, args.length)
     shutil.rmtree(folder)
     return result
