@@ -116,7 +116,7 @@ def describe(explanation: Explanation, width: int = 40) -> str:
         lines.append(f"{explanation.prediction.label} ({explanation.prediction.probability:.1%})")
     first = [Position([number], share) for number, share in enumerate(explanation.shares)]
     for name, positions in [("tokens", first), *((f"block {n}", found) for n, found in enumerate(explanation.blocks))]:
-        lines.append(f"\n{name}: {len(positions)} positions")
+        lines.append(f"\n{name}: {len(positions)} position{'s' * (len(positions) > 1)}")
         largest = max(position.share for position in positions)
         for position in positions:
             words = " ".join(explanation.tokens[number] for number in position.tokens) or "(dropped)"
