@@ -24,7 +24,7 @@ from tqdm import tqdm
 from funnel import layout, mistakes, training
 from funnel.build import build_classifier
 from funnel.checkpoint import load_weights
-from funnel.config import parse_layout
+from funnel.config import INITS, KEEPS, parse_layout
 from funnel.data import Batch, encode
 from funnel.dropout import share_of_batch
 from funnel.errors import FunnelError, Stopped, exit_status
@@ -46,9 +46,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--weights", help="checkpoint folder (any format that convert_weights.py reads), hub id, or none "
                       "(default: none for the demo task, funnel-transformer/small for the others)")  # fmt: skip
     what.add_argument("--blocks", help="layers in each block, as in 2,2,2,2 or 6,3x2,3x2 (default: as in the weights)")
-    what.add_argument("--init", choices=layout.INITS, default="identity", help="what layers that the weights do not have "
+    what.add_argument("--init", choices=INITS, default="identity", help="what layers that the weights do not have "
                       "start as (default: %(default)s)")  # fmt: skip
-    what.add_argument("--keep", choices=layout.KEEPS, default="spread", help="which layers stay where the weights have more "
+    what.add_argument("--keep", choices=KEEPS, default="spread", help="which layers stay where the weights have more "
                       "than --blocks (default: %(default)s)")  # fmt: skip
     what.add_argument("--layout-plan", type=Path, help="JSON file that says where each layer comes from, instead of --init "
                       "(every run writes its own as layout_plan.json; python -m funnel layout shows one)")  # fmt: skip

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from funnel import layout
+from funnel.config import INITS, KEEPS
 from funnel.errors import exit_status
 
 Subparsers = argparse._SubParsersAction
@@ -42,8 +42,8 @@ def add_layout(commands: "Subparsers[argparse.ArgumentParser]") -> None:
                         "small, medium-base, xlarge (default: %(default)s)")  # fmt: skip
     parser.add_argument("--against", metavar="BLOCKS", help="layout of the same width to compare the cost with, as in 12 for a "
                         "network that never pools (default: the weights' own)")  # fmt: skip
-    parser.add_argument("--init", choices=layout.INITS, default="identity", help="(default: %(default)s)")
-    parser.add_argument("--keep", choices=layout.KEEPS, default="spread", help="which layers stay where the weights have more "
+    parser.add_argument("--init", choices=INITS, default="identity", help="(default: %(default)s)")
+    parser.add_argument("--keep", choices=KEEPS, default="spread", help="which layers stay where the weights have more "
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--layout-plan", type=Path, help="JSON file with a plan, instead of --init")
     parser.add_argument("--plot", type=Path, help="picture of the funnel to write (needs the extra plot)")

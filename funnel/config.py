@@ -16,6 +16,8 @@ FORMAT = "funnel-1"  # marks a config.json as ours, and says which version of it
 LARGEST = 10_000_000  # of any one size: beyond it a config is damaged, not ambitious
 MOST_LAYERS = 2_000  # in all
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
+INITS = ("identity", "copy", "random")  # what new layers start as: funnel.layout
+KEEPS = ("spread", "first", "last")  # which layers stay where there are too many
 PROBLEM_TYPES = ("single_label_classification", "regression")
 
 

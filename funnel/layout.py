@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from funnel.config import FunnelConfig, read_json, write_json
+from funnel.config import INITS, KEEPS, FunnelConfig, read_json, write_json
 from funnel.errors import FunnelError, one_line
 from funnel.heads import Funnel
 
-INITS = ("identity", "copy", "random")
-KEEPS = ("spread", "first", "last")
 STARTS = ("keep", *INITS)
 NORMS = ("attention.layer_norm", "ffn.layer_norm")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from funnel import layout, report
-from funnel.config import parse_layout, read_json
+from funnel import report
+from funnel.config import INITS, parse_layout, read_json
 from funnel.errors import FunnelError, Stopped
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -47,8 +47,8 @@ def plan(
     for text in blocks or ():
         parse_layout(text)
     for text in inits.split(",") if inits else ():
-        if text not in layout.INITS:
-            raise FunnelError(f"--init {text!r}: there are {', '.join(layout.INITS)}")
+        if text not in INITS:
+            raise FunnelError(f"--init {text!r}: there are {', '.join(INITS)}")
     for text in rates.split(",") if rates else ():
         try:
             float(text)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "faults"))
 from targets import CONFIG, TARGETS  # noqa: E402
 
 from funnel import layout  # noqa: E402
-from funnel.config import FunnelConfig, format_layout, parse_layout  # noqa: E402
+from funnel.config import INITS, KEEPS, FunnelConfig, format_layout, parse_layout  # noqa: E402
 from funnel.errors import FunnelError  # noqa: E402
 from funnel.reading import ExampleFile  # noqa: E402
 
@@ -130,7 +130,7 @@ def folder(tmp_path_factory):
 
 
 @quick
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.sampled_from(layout.INITS), st.sampled_from(layout.KEEPS))
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.sampled_from(INITS), st.sampled_from(KEEPS))
 def test_plans_come_back(folder, sizes, init, keep):
     new = CONFIG.replace(block_sizes=tuple(sizes))
     plan = layout.make_plan(CONFIG, new, init, keep)
