@@ -92,6 +92,18 @@ def test_dropout_drops_weights_at_its_rate_and_keeps_the_mean():
     assert abs(out[..., 0].var().item() - (0.25 / 0.75) / k) < 0.1 * (0.25 / 0.75) / k
 
 
+@pytest.mark.parametrize("tile", [2**19, 3 * 32, 32])
+def test_every_head_text_and_query_has_a_mask_of_its_own(tile, monkeypatch):
+    monkeypatch.setattr(attend, "TILE", tile)
+    b, k, h = 3, 32, 2
+    terms, _ = some_terms(b, k, k, h, k, 4, 1, True)
+    v = torch.eye(k, dtype=terms.v.dtype)[None, :, None].expand(b, k, h, k)  # the result is the weights themselves
+    with torch.no_grad():
+        weights = attend.tiled(terms._replace(v=v, key_mask=torch.ones_like(terms.key_mask)), 0.5)
+    masks = (weights != 0).flatten(0, 2)  # [b * q * h, k]
+    assert len(masks.unique(dim=0)) == len(masks)
+
+
 def test_the_seed_decides_the_dropout():
     terms, _ = some_terms(2, 9, 9, 2, 4, 4, 1, True)
     torch.manual_seed(1)
