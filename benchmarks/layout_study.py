@@ -1,11 +1,13 @@
 """Do more blocks help? Fine-tunes one model in many layouts, from copied and from identity layers, with several seeds.
 
     python -m benchmarks.layout_study --data GLUE/SST-2 --weights weights/minilm --out runs/study --jobs 2
+    python -m benchmarks.layout_study --data GLUE/SST-2 --weights weights/minilm --time 5
     python -m benchmarks.layout_study --report --plot docs/layout_study.png
 
 Each run is `train.py` as a user runs it, in a process of its own. What it came to is a line of --results, which is kept with
-the project; runs that have a line there are skipped, and one that broke off is resumed. Prints a Markdown table: accuracy
-at the last evaluation (the mean over seeds, and each run's), FLOPs of a text of --length tokens, minutes.
+the project; runs that have a line there are skipped, and one that broke off is resumed. --time measures training steps of the
+layouts that have results, in one process, in turn, on an otherwise idle machine. Prints a Markdown table: accuracy at the
+last evaluation (the mean over seeds, and each run's), FLOPs of a text of --length tokens, minutes of training an epoch.
 """
 
 import argparse
@@ -15,16 +17,23 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from funnel import checkpoint
-from funnel.config import parse_layout, read_json
+import torch
+
+from funnel import checkpoint, training
+from funnel.build import build_classifier
+from funnel.config import parse_layout, read_json, write_json
 from funnel.cost import total_flops
+from funnel.data import encode
+from funnel.tasks import find_task
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "layout_study.jsonl"
+TIMES = ROOT / "benchmarks" / "layout_times.json"  # seconds of training a text, by layout
 LAYOUTS = [",".join([str(n)] * blocks) for n, counts in ((2, (3, 4, 5, 6, 7)), (4, (3, 5, 6, 7))) for blocks in counts]
 
 
@@ -36,7 +45,6 @@ class Result(NamedTuple):
     seed: int
     epochs: float
     accuracy: float
-    seconds: float
     flops: float
 
 
@@ -45,10 +53,8 @@ def read(folder: Path, length: int) -> Result:
     record = read_json(folder / "run.json")["settings"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in lines if line["split"] == "dev" and line["step"] == record["steps"])
-    rate = statistics.median(line["examples_per_second"] for line in lines if line["split"] == "train")
     flops = total_flops(checkpoint.load_config(folder / "last"), length, record["batch_size"])
-    seconds = record["steps"] * record["batch_size"] / rate
-    return Result(record["blocks"], record["init"], record["seed"], record["epochs"], last["accuracy"], seconds, flops)
+    return Result(record["blocks"], record["init"], record["seed"], record["epochs"], last["accuracy"], flops)
 
 
 def run(layout: str, init: str, seed: int, args: argparse.Namespace) -> Result:
@@ -71,18 +77,50 @@ def run(layout: str, init: str, seed: int, args: argparse.Namespace) -> Result:
 
 def read_results(path: Path) -> list[Result]:
     """The runs that are done."""
-    return [Result(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [Result(**{name: row[name] for name in Result._fields}) for row in rows]
 
 
-def table(results: list[Result]) -> str:
-    """Markdown, a line a layout and init."""
-    lines = ["| layout | new layers | accuracy, mean (runs) | MFLOPs a text | minutes |", "|---|---|---|---|---|"]
+def time_layouts(layouts: list[str], args: argparse.Namespace, steps: int = 20) -> dict[str, float]:
+    """Seconds of training a text for each layout: each trains on the same batches, in turn; the median of --time rounds."""
+    task, device = find_task(args.task, args.data), torch.device("cpu")
+    assert task.labels is not None
+    training.reuse_memory()
+    models, rounds = [], []
+    for layout in layouts:
+        built = build_classifier(args.weights, list(task.labels.values()), layout)
+        dataset = encode(task.files["train"], task.label_ids, built.tokenizer, task.max_length)
+        optimizer = torch.optim.AdamW(training.parameter_groups(built.model.train(), 0.01), lr=args.lr, eps=1e-6, fused=True)
+        models.append((built.model, optimizer))
+    batches = [dataset.batch(index) for index in dataset.training_batches(task.batch_size, 0, 0)[:steps]]
+    dtype = training.choose_dtype(None, device, built.model.config.d_model)
+    for _ in range(args.time + 1):
+        seconds = []
+        for model, optimizer in models:
+            started = time.perf_counter()
+            for batch in batches:
+                with training.autocast(device, dtype):
+                    logits = model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+                training.loss_function(logits, batch.labels).backward()
+                training.clip_gradients(model)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            seconds.append((time.perf_counter() - started) / sum(len(batch.labels) for batch in batches))
+        rounds.append(seconds)
+        print("milliseconds a text:", ", ".join(f"{s * 1000:.2f}" for s in seconds), flush=True)
+    medians = [statistics.median(column) for column in zip(*rounds[1:], strict=True)]  # the first round warms up
+    return dict(zip(layouts, medians, strict=True))
+
+
+def table(results: list[Result], times: dict[str, float], texts: int) -> str:
+    """Markdown, a line a layout and init; `texts` are those of an epoch."""
+    lines = ["| layout | new layers | accuracy, mean (runs) | MFLOPs a text | minutes an epoch |", "|---|---|---|---|---|"]
     for (layout, init), group in grouped(results).items():
         accuracies = [r.accuracy * 100 for r in group]
         runs = ", ".join(f"{a:.1f}" for a in accuracies)
-        minutes = statistics.mean(r.seconds for r in group) / 60
+        minutes = f"{times[layout] * texts / 60:.1f}" if layout in times else ""
         mean = statistics.mean(accuracies)
-        lines.append(f"| {layout} | {init} | {mean:.1f} ({runs}) | {group[0].flops / 1e6:.0f} | {minutes:.1f} |")
+        lines.append(f"| {layout} | {init} | {mean:.1f} ({runs}) | {group[0].flops / 1e6:.0f} | {minutes} |")
     return "\n".join(lines)
 
 
@@ -93,24 +131,26 @@ def grouped(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
     return groups
 
 
-def draw(results: list[Result], path: Path) -> None:
-    """Accuracy against FLOPs and against seconds, a point a layout and init."""
+def draw(results: list[Result], times: dict[str, float], texts: int, path: Path) -> None:
+    """Accuracy against FLOPs and against time, a point a layout and init."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     series = {(init, name.split(",")[0]) for name, init in grouped(results)}
     for init, per_block in sorted(series):
-        groups = [(k, g) for k, g in grouped(results).items() if k[1] == init and k[0].split(",")[0] == per_block]
+        groups = [
+            (k, g) for k, g in grouped(results).items() if k[1] == init and k[0].split(",")[0] == per_block and k[0] in times
+        ]
         y = [statistics.mean(r.accuracy for r in g) * 100 for _, g in groups]
         for axis, x in (
             (axes[0], [g[0].flops / 1e6 for _, g in groups]),
-            (axes[1], [statistics.mean(r.seconds for r in g) / 60 for _, g in groups]),
+            (axes[1], [times[k[0]] * texts / 60 for k, _ in groups]),
         ):
             axis.plot(x, y, "o-" if init == "identity" else "s--", label=f"{init}, {per_block} layers a block")
             for (key, _), a, b in zip(groups, x, y, strict=True):
                 axis.annotate(f"{key[0].count(',') + 1}", (a, b), textcoords="offset points", xytext=(4, 4), fontsize=8)
     axes[0].set(xlabel="MFLOPs a text, forward", ylabel="accuracy on dev, %")
-    axes[1].set(xlabel="minutes a run")
+    axes[1].set(xlabel="minutes of training an epoch")
     axes[0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -130,6 +170,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of what runs came to (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: %(default)s)")
+    parser.add_argument("--time", type=int, metavar="N", help="start no run; time N rounds of training steps of each layout")
+    parser.add_argument("--texts", type=int, default=67349, help="of an epoch (default: SST-2's)")
     parser.add_argument("--report", action="store_true", help="start no run; report those that are done")
     parser.add_argument("--plot", type=Path, help="picture to write (needs the extra plot)")
     args = parser.parse_args()
@@ -139,16 +181,20 @@ def main() -> None:
 
     done = read_results(args.results)
     missing = [key for key in asked if key not in {result[:4] for result in done}]
-    if missing and not args.report:
+    times = read_json(TIMES) if TIMES.exists() else {}
+    if args.time:
+        times.update(time_layouts([name for name in args.layouts if name in {result.layout for result in done}], args))
+        write_json(TIMES, times)
+    elif missing and not args.report:
         with ThreadPoolExecutor(args.jobs) as pool:
             for running in as_completed(pool.submit(run, *key[:3], args) for key in missing):
                 done.append(running.result())
                 with args.results.open("a") as file:
                     file.write(json.dumps(done[-1]._asdict()) + "\n")
     shown = sorted((r for r in done if r[:4] in asked), key=lambda r: (len(r.layout), r.layout, r.init, r.seed))
-    print(f"\n{len(shown)} of {len(asked)} runs are done\n\n{table(shown)}")
+    print(f"\n{len(shown)} of {len(asked)} runs are done\n\n{table(shown, times, args.texts)}")
     if args.plot and shown:
-        draw(shown, args.plot)
+        draw(shown, times, args.texts, args.plot)
 
 
 if __name__ == "__main__":
