@@ -15,7 +15,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +40,6 @@ class Result(NamedTuple):
     seed: int
     epochs: float
     scores: dict[str, float]
-    seconds: float
 
 
 def ours(task: str, blocks: str, seed: int, epochs: float, args: argparse.Namespace) -> Result:
@@ -60,15 +58,12 @@ def ours(task: str, blocks: str, seed: int, epochs: float, args: argparse.Namesp
         str(args.converted),
     ]
     command += ["--blocks", blocks, "--seed", str(seed), "--epochs", str(epochs), "--out", str(folder)]
-    started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment(args))
     steps = read_json(folder / "run.json")["settings"]["steps"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in lines if line["split"] == "dev" and line["step"] == steps)
     shutil.rmtree(folder)
-    return Result(
-        task, blocks, seed, epochs, {name: last[name] for name in get_task(task).metrics}, time.perf_counter() - started
-    )
+    return Result(task, blocks, seed, epochs, {name: last[name] for name in get_task(task).metrics})
 
 
 def source(task: str, seed: int, epochs: float, args: argparse.Namespace) -> Result:
@@ -99,7 +94,7 @@ def train_source(name: str, seed: int, epochs: float, args: argparse.Namespace) 
     total = max(1, round(steps_per_epoch * epochs))
     optimizer = torch.optim.AdamW(groups(model), lr=task.learning_rate, eps=1e-6, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.linear_schedule(total, 0.1))
-    started, step = time.perf_counter(), 0
+    step = 0
     while step < total:
         for index in train_set.training_batches(task.batch_size, seed, step // steps_per_epoch):
             with training.autocast(device, dtype):
@@ -119,7 +114,7 @@ def train_source(name: str, seed: int, epochs: float, args: argparse.Namespace) 
             predicted[torch.from_numpy(index)] = logits_of(model, dev_set, index).float()
     answers = (predicted[:, 0] if task.labels is None else predicted.argmax(1)).numpy()
     scores = {metric: METRICS[metric](answers, dev_set.labels) for metric in task.metrics}
-    return Result(name, "BERT", seed, epochs, scores, time.perf_counter() - started)
+    return Result(name, "BERT", seed, epochs, scores)
 
 
 def logits_of(model: Any, dataset: Dataset, index: Any) -> torch.Tensor:
@@ -143,17 +138,16 @@ def table(results: list[Result]) -> str:
     for result in sorted(results, key=lambda r: (r.task, r.epochs, r.blocks != "BERT", r.blocks, r.seed)):
         groups.setdefault((result.task, result.blocks, result.epochs), []).append(result)
     lines = [
-        "| task | model | epochs | seeds | last evaluation on dev, mean (lowest to highest) | minutes |",
-        "|---|---|---|---|---|---|",
+        "| task | model | epochs | seeds | last evaluation on dev, mean (lowest to highest) |",
+        "|---|---|---|---|---|",
     ]
     for (task, blocks, epochs), runs in groups.items():
         cells = []
         for name in runs[0].scores:
             values = [run.scores[name] * 100 for run in runs]
             cells.append(f"{name} {statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
-        minutes = statistics.mean(run.seconds for run in runs) / 60
         model = "the source, a BERT" if blocks == "BERT" else f"ours, {blocks}"
-        lines.append(f"| {get_task(task).title} | {model} | {epochs:g} | {len(runs)} | {', '.join(cells)} | {minutes:.1f} |")
+        lines.append(f"| {get_task(task).title} | {model} | {epochs:g} | {len(runs)} | {', '.join(cells)} |")
     return "\n".join(lines)
 
 
