@@ -1,16 +1,18 @@
 """Do more blocks help? Fine-tunes one model in many layouts, from copied and from identity layers, with several seeds.
 
-    python -m benchmarks.layout_study --data GLUE/SST-2 --weights weights/minilm --out runs/study --jobs 2
+    python -m benchmarks.layout_study --data GLUE/SST-2 --weights weights/minilm --epochs 0.25 1 --jobs 2
     python -m benchmarks.layout_study --data GLUE/SST-2 --weights weights/minilm --time 5
-    python -m benchmarks.layout_study --report --plot docs/layout_study.png
+    python -m benchmarks.layout_study --report --epochs 0.25 1 --plot docs/layout_study.png
 
 Each run is `train.py` as a user runs it, in a process of its own. What it came to is a line of --results, which is kept with
-the project; runs that have a line there are skipped, and one that broke off is resumed. --time measures training steps of the
-layouts that have results, in one process, in turn, on an otherwise idle machine. Prints a Markdown table: accuracy at the
-last evaluation (the mean over seeds, and each run's), FLOPs of a text of --length tokens, minutes of training an epoch.
+the project; runs that have a line there are skipped, and one that broke off is resumed. A layout without new layers is
+trained once a seed, as "identity". --time measures training steps of the layouts that have results, in one process, in turn,
+on an otherwise idle machine. Prints a Markdown table: accuracy at the last evaluation (the mean over seeds, and each run's) for
+every number of --epochs, FLOPs of a text of --length tokens, minutes of training an epoch.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -26,9 +28,11 @@ import torch
 
 from funnel import checkpoint, training
 from funnel.build import build_classifier
-from funnel.config import parse_layout, read_json, write_json
+from funnel.config import FunnelConfig, parse_layout, read_json, write_json
+from funnel.convert import fetch, read_source
 from funnel.cost import total_flops
 from funnel.data import encode
+from funnel.layout import make_plan
 from funnel.tasks import find_task
 
 ROOT = Path(__file__).parent.parent
@@ -57,17 +61,17 @@ def read(folder: Path, length: int) -> Result:
     return Result(record["blocks"], record["init"], record["seed"], record["epochs"], last["accuracy"], flops)
 
 
-def run(layout: str, init: str, seed: int, args: argparse.Namespace) -> Result:
+def run(layout: str, init: str, seed: int, epochs: float, args: argparse.Namespace) -> Result:
     """Starts a run, or goes on with it, and returns what it came to."""
-    folder = args.out / f"{layout.replace(',', '-')}_{init}_seed{seed}_{args.epochs:g}"
+    folder = args.out / f"{layout.replace(',', '-')}_{init}_seed{seed}_{epochs:g}"
     command = [sys.executable, str(ROOT / "train.py"), "--task", args.task, "--weights", args.weights, "--blocks", layout]
     command += ["--data", str(args.data)] if args.data else []
-    command += ["--init", init, "--seed", str(seed), "--lr", str(args.lr), "--epochs", str(args.epochs), "--out", str(folder)]
+    command += ["--init", init, "--seed", str(seed), "--lr", str(args.lr), "--epochs", str(epochs), "--out", str(folder)]
     if checkpoint.is_checkpoint(folder / "last"):
         command.append("--resume")
     elif folder.exists():  # it broke off before its first checkpoint
         shutil.rmtree(folder)
-    print("+", " ".join(command[1:]), flush=True)
+    print(f"+ {' '.join(command[1:])}\n", end="", flush=True)
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={"OMP_NUM_THREADS": threads, **os.environ})
     result = read(folder, args.length)
@@ -79,6 +83,13 @@ def read_results(path: Path) -> list[Result]:
     """The runs that are done."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [Result(**{name: row[name] for name in Result._fields}) for row in rows]
+
+
+def is_same(source: FunnelConfig, layout: str, init: str) -> bool:
+    """Whether it is the same run as with init "identity", because the layout has no new layers."""
+    sizes, repeats = parse_layout(layout)
+    new = source.replace(block_sizes=sizes, block_repeats=repeats)
+    return init != "identity" and all(row.start == "keep" for row in make_plan(source, new))
 
 
 def time_layouts(layouts: list[str], args: argparse.Namespace, steps: int = 20) -> dict[str, float]:
@@ -114,14 +125,20 @@ def time_layouts(layouts: list[str], args: argparse.Namespace, steps: int = 20) 
 
 def table(results: list[Result], times: dict[str, float], texts: int) -> str:
     """Markdown, a line a layout and init; `texts` are those of an epoch."""
-    lines = ["| layout | new layers | accuracy, mean (runs) | MFLOPs a text | minutes an epoch |", "|---|---|---|---|---|"]
+    spans = sorted({r.epochs for r in results})
+    heads = ["layout", "new layers", *(f"epochs: {epochs:g}" for epochs in spans), "MFLOPs a text", "minutes an epoch"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (layout, init), group in grouped(results).items():
-        accuracies = [r.accuracy * 100 for r in group]
-        runs = ", ".join(f"{a:.1f}" for a in accuracies)
+        cells = [accuracies([r for r in group if r.epochs == epochs]) for epochs in spans]
         minutes = f"{times[layout] * texts / 60:.1f}" if layout in times else ""
-        mean = statistics.mean(accuracies)
-        lines.append(f"| {layout} | {init} | {mean:.1f} ({runs}) | {group[0].flops / 1e6:.0f} | {minutes} |")
+        lines.append(f"| {layout} | {init} | {' | '.join(cells)} | {group[0].flops / 1e6:.0f} | {minutes} |")
     return "\n".join(lines)
+
+
+def accuracies(runs: list[Result]) -> str:
+    """In percent: the mean, and each run's."""
+    percents = [r.accuracy * 100 for r in runs]
+    return f"{statistics.mean(percents):.1f} ({', '.join(f'{p:.1f}' for p in percents)})" if runs else ""
 
 
 def grouped(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
@@ -165,7 +182,7 @@ def main() -> None:
     parser.add_argument("--inits", nargs="+", default=["identity", "copy"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--lr", type=float, default=5e-5)
-    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--epochs", type=float, nargs="+", default=[1.0], help="(default: 1; the picture shows the first)")
     parser.add_argument("--length", type=int, default=13, help="tokens of a text, for its FLOPs (default: SST-2's mean)")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of what runs came to (default: %(default)s)")
@@ -175,26 +192,28 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="start no run; report those that are done")
     parser.add_argument("--plot", type=Path, help="picture to write (needs the extra plot)")
     args = parser.parse_args()
-    asked = [(layout, init, seed, args.epochs) for seed in args.seeds for layout in args.layouts for init in args.inits]
     for layout in args.layouts:
         parse_layout(layout)
 
     done = read_results(args.results)
-    missing = [key for key in asked if key not in {result[:4] for result in done}]
+    asked = list(itertools.product(args.layouts, args.inits, args.seeds, args.epochs))
     times = read_json(TIMES) if TIMES.exists() else {}
     if args.time:
         times.update(time_layouts([name for name in args.layouts if name in {result.layout for result in done}], args))
         write_json(TIMES, times)
-    elif missing and not args.report:
+    elif not args.report:
+        source = read_source(fetch(args.weights)).config
+        missing = [key for key in asked if key not in {result[:4] for result in done} and not is_same(source, *key[:2])]
+        missing.sort(key=lambda key: key[2:])  # a whole study with the first seed, then with the next
         with ThreadPoolExecutor(args.jobs) as pool:
-            for running in as_completed(pool.submit(run, *key[:3], args) for key in missing):
+            for running in as_completed(pool.submit(run, *key, args) for key in missing):
                 done.append(running.result())
                 with args.results.open("a") as file:
                     file.write(json.dumps(done[-1]._asdict()) + "\n")
-    shown = sorted((r for r in done if r[:4] in asked), key=lambda r: (len(r.layout), r.layout, r.init, r.seed))
-    print(f"\n{len(shown)} of {len(asked)} runs are done\n\n{table(shown, times, args.texts)}")
+    shown = sorted((r for r in done if r[:4] in asked), key=lambda r: (r.layout[0], len(r.layout), r.init == "copy", r.seed))
+    print(f"\n{len(shown)} runs are done\n\n{table(shown, times, args.texts)}")
     if args.plot and shown:
-        draw(shown, times, args.texts, args.plot)
+        draw([r for r in shown if r.epochs == args.epochs[0]], times, args.texts, args.plot)
 
 
 if __name__ == "__main__":
