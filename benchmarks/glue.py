@@ -145,7 +145,8 @@ def table(results: list[Result]) -> str:
         cells = []
         for name in runs[0].scores:
             values = [run.scores[name] * 100 for run in runs]
-            cells.append(f"{name} {statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+            spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+            cells.append(f"{name} {statistics.mean(values):.1f}{spread}")
         model = "the source, a BERT" if blocks == "BERT" else f"ours, {blocks}"
         lines.append(f"| {get_task(task).title} | {model} | {epochs:g} | {len(runs)} | {', '.join(cells)} |")
     return "\n".join(lines)

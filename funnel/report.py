@@ -363,9 +363,7 @@ def page(records: Sequence[Record]) -> str:
             curves=curves,
             scores=scores,
             most_classes=MOST_CLASSES,
-            command=lambda record: shlex.join(
-                Path(part).name if i < 2 else part for i, part in enumerate(shlex.split(record.command))
-            ),
+            command=lambda record: _without_paths(record.command),
         )
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, jinja2.UndefinedError) as error:
         raise FunnelError(f"report: a run's files are damaged or of another version ({one_line(error)})") from None
