@@ -92,7 +92,7 @@ def is_same(source: FunnelConfig, layout: str, init: str) -> bool:
     return init != "identity" and all(row.start == "keep" for row in make_plan(source, new))
 
 
-def time_layouts(layouts: list[str], args: argparse.Namespace, steps: int = 20) -> dict[str, float]:
+def time_layouts(layouts: list[str], args: argparse.Namespace, steps: int = 10) -> dict[str, float]:
     """Seconds of training a text for each layout: each trains on the same batches, in turn; the median of --time rounds."""
     task, device = find_task(args.task, args.data), torch.device("cpu")
     assert task.labels is not None
