@@ -118,6 +118,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
         )
         model, tokenizer, plan, origin = built
         sets = {name: encode(file, task.label_ids, tokenizer, args.max_length) for name, file in task.files.items()}
+        cuts = {name: dataset.cut for name, dataset in sets.items() if dataset.cut.texts}
         train_set = sets.pop("train")
         if not sets:
             train_set, sets["dev"] = train_set.split(args.dev_share, args.seed)
@@ -132,10 +133,14 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     # The run's folder, and where the run stands.
     settings = {name: getattr(args, name) for name in (
         "init", "keep", "warmup", "weight_decay", "seed", "accumulate", "compile", "weights", "epochs", "lr", "batch_size",
-        "max_length")} | {name: getattr(args, name) and str(getattr(args, name)) for name in ("data", "layout_plan")} | {
-        "task": task.name, "columns": list(task.columns), "blocks": config.layout, "dtype": dtype, "steps": total_steps,
+        "max_length", "dev_share", "eval_every")}  # fmt: skip
+    settings |= {name: getattr(args, name) and str(getattr(args, name)) for name in ("data", "layout_plan")}
+    settings |= {
+        "task": task.name, "columns": list(task.columns), "labels": task.labels and list(task.labels.values()),
+        "blocks": config.layout, "dtype": dtype, "steps": total_steps,
         "train_texts": len(train_set), "dev_texts": len(sets["dev"]),
-        "mean_tokens": round(float(train_set.lengths.mean()), 1)}  # fmt: skip
+        "mean_tokens": round(float(train_set.lengths.mean()), 1),
+        "contents": {split: file.digest() for split, file in task.files.items()}}  # fmt: skip
     run = Run(processes.of_first(lambda: open_run(args, settings, plan)), args.keep_checkpoints)
     found = processes.of_first(run.load) if args.resume else None
     if args.resume and processes.is_first:
@@ -145,7 +150,8 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     state = State()
     if found is not None:
         weights, state = found
-        load_weights(model, weights, f"--resume: {run.folder}")
+        if fresh := load_weights(model, weights, f"--resume: {run.folder}"):
+            raise FunnelError(f"--resume: {run.folder}: its classifier is another one ({fresh[0]}); give another --out")
     model.to(device).train()
     model.set_gradient_checkpointing(args.gradient_checkpointing)
     forward = processes.wrap(model, args.shard, args.compile)
@@ -157,7 +163,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
         scaler.load_state_dict(state.scaler)
 
     parameters = sum(p.numel() for p in model.parameters())
-    cut = f"\nwarning: --max-length {args.max_length}: {train_set.cut}" if train_set.cut.texts else ""
+    cut = "".join(f"\nwarning: --max-length {args.max_length}: {name}: {lost}" for name, lost in cuts.items())
     evaluated = ", ".join(f"{len(dataset):,} in {split}" for split, dataset in sets.items())
     resumed = "no checkpoint yet: begins at step 0" if found is None else f"resumed at step {state.step:,}"
     where = f"{device.type}" + (f" in {processes.size} processes" if processes.size > 1 else "")
@@ -202,9 +208,12 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
         if scaler.get_scale() > 1:  # fp16 finds its scale by such steps
             return
         state.in_a_row += 1
-        said = f"step {state.step + 1:,}: {said}: not finite {training.first_not_finite(model, batch, step_loss)}"
+        with training.autocast(device, dtype):
+            said = f"step {state.step + 1:,}: {said}: not finite {training.first_not_finite(model, batch, step_loss)}"
         bar.write(f"{said}; the step is skipped")
         if state.in_a_row == PATIENCE:
+            if not processes.is_first:  # it is told once
+                raise SystemExit(2)
             raise FunnelError(
                 f"training diverged: {PATIENCE} steps in a row were skipped; {said}; lower --lr "
                 f"(checkpoints are in {run.folder})"
@@ -260,12 +269,16 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
                     mean_loss = math.nan if state.loss is None else state.loss
                     bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:.0f} texts/s{skipped}", refresh=False)
                 signals.check()
+                paused = time.perf_counter()
                 if is_due(eval_every):
                     warning = evaluate()
                 if is_due(save_every):
                     save("last")
+                started += time.perf_counter() - paused  # the clock is of training
     except Stopped as stop:
         save("last")
+        if not processes.is_first:
+            raise SystemExit(128 + stop.number) from None
         message = f"the run is saved at step {state.step:,}; the same command with --resume --out {run.folder} goes on"
         raise Stopped(stop.number, message) from None
     finally:
@@ -275,7 +288,8 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
         print("nothing left to do: the run was at its last step")
     minutes = (time.perf_counter() - started) / 60
     print(f"\nlast on dev: {describe(state.last)}\nbest on dev: {describe(state.best)}")
-    print(f"{minutes:.1f} minutes, {seen / minutes / 60:.0f} texts a second; checkpoints and metrics.jsonl in {run.folder}")
+    speed = f"{minutes:.1f} minutes of training, {seen / minutes / 60:.0f} texts a second"
+    print(f"{speed}; checkpoints and metrics.jsonl in {run.folder}")
     if state.skipped:
         print(f"{state.skipped:,} steps were skipped because a number was not finite")
     if warning:

@@ -15,12 +15,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.results import run_all
 from funnel import training
 from funnel.config import read_json
 from funnel.data import Dataset, encode
@@ -40,6 +40,11 @@ class Result(NamedTuple):
     seed: int
     epochs: float
     scores: dict[str, float]
+
+
+def run(task: str, blocks: str, seed: int, epochs: float, args: argparse.Namespace) -> Result:
+    """One run, of the source model where `blocks` is "BERT"."""
+    return source(task, seed, epochs, args) if blocks == "BERT" else ours(task, blocks, seed, epochs, args)
 
 
 def ours(task: str, blocks: str, seed: int, epochs: float, args: argparse.Namespace) -> Result:
@@ -179,18 +184,8 @@ def main() -> None:
             (task, blocks, seed, args.epochs or get_task(task).epochs)
             for seed in args.seeds for task in args.tasks for blocks in ["BERT", *args.blocks]
         ]  # fmt: skip
-        with ThreadPoolExecutor(args.jobs) as pool:
-            runs = [
-                pool.submit(source, task, seed, epochs, args) if blocks == "BERT" else pool.submit(ours, *key, args)
-                for key in asked
-                if key not in {result[:4] for result in done}
-                for task, blocks, seed, epochs in [key]
-            ]
-            for run in as_completed(runs):
-                done.append(run.result())
-                print(done[-1], file=sys.stderr, flush=True)
-                with args.results.open("a") as file:
-                    file.write(json.dumps(done[-1]._asdict()) + "\n")
+        missing = [key for key in asked if key not in {result[:4] for result in done}]
+        done += run_all(lambda key: run(*key, args), missing, args.jobs, args.results)
     print(table(done))
 
 

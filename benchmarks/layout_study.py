@@ -20,12 +20,12 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.results import run_all
 from funnel import checkpoint, training
 from funnel.build import build_classifier
 from funnel.config import FunnelConfig, parse_layout, read_json, write_json
@@ -205,11 +205,7 @@ def main() -> None:
         source = read_source(fetch(args.weights)).config
         missing = [key for key in asked if key not in {result[:4] for result in done} and not is_same(source, *key[:2])]
         missing.sort(key=lambda key: key[2:])  # a whole study with the first seed, then with the next
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for running in as_completed(pool.submit(run, *key, args) for key in missing):
-                done.append(running.result())
-                with args.results.open("a") as file:
-                    file.write(json.dumps(done[-1]._asdict()) + "\n")
+        done += run_all(lambda key: run(*key, args), missing, args.jobs, args.results)
     shown = sorted((r for r in done if r[:4] in asked), key=lambda r: (r.layout[0], len(r.layout), r.init == "copy", r.seed))
     print(f"\n{len(shown)} runs are done\n\n{table(shown, times, args.texts)}")
     if args.plot and shown:

@@ -110,6 +110,7 @@ def add_sweep(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "sweep",
         help="train.py for every combination of layouts, learning rates and seeds, then the report",
+        allow_abbrev=False,  # --seed is train.py's, not a short --seeds
         description="Trains every combination, one after the other, each in a folder of its own in --out. The same command "
         "goes on where it was stopped and skips what is done. Arguments that are not listed here go to train.py as they are.",
     )

@@ -235,7 +235,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file. Tensors that share memory are written once each."""
+    """Writes a safetensors file."""
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
     save_file(tensors, path, metadata={"format": "pt"})
 

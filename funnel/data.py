@@ -175,8 +175,10 @@ class Dataset:
         """Two datasets, the second with about `share` of the rows of every class (of all rows, for scores).
 
         Raises:
-            FunnelError: one of them would be empty.
+            FunnelError: one of them would be empty, or the share is none.
         """
+        if not 0 < share < 1:
+            raise FunnelError(f"--dev-share {share}: it takes a share of the texts, above 0 and below 1")
         random = np.random.default_rng(seed)
         is_score = self.labels.dtype == np.float32
         groups = [np.arange(len(self))] if is_score else [np.flatnonzero(self.labels == c) for c in np.unique(self.labels)]

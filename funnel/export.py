@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funnel.errors import FunnelError, one_line
-from funnel.heads import Funnel
+from funnel.heads import Funnel, FunnelForSequenceClassification
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OPSET = 18  # of ONNX: what PyTorch's exporter writes without converting
@@ -39,7 +39,14 @@ class _Padded(nn.Module):
 
 
 def export_torch(model: Funnel) -> torch.export.ExportedProgram:
-    """The model as an exported program; `torch.export.save` writes it, `.module()` calls it."""
+    """The model as an exported program; `torch.export.save` writes it, `.module()` calls it.
+
+    Raises:
+        FunnelError: it is no classifier of texts. The results of other heads have a place for every token, those that an
+            exported model pads with among them.
+    """
+    if not isinstance(model, FunnelForSequenceClassification):
+        raise FunnelError(f"a {type(model).__name__} cannot be exported, only a FunnelForSequenceClassification")
     example = tuple(torch.ones(2, 9, dtype=torch.int64) for _ in INPUTS)  # one tensor given thrice would be one input
     sizes = {0: torch.export.Dim("texts", min=1), 1: torch.export.Dim("length", min=1)}
     with _quietly():

@@ -8,6 +8,7 @@ Shapes: b texts, l tokens, p positions of the last block, d = d_model.
 """
 
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -22,6 +23,7 @@ from funnel.config import FunnelConfig
 from funnel.dropout import Dropout
 from funnel.encoder import FunnelDecoder, FunnelEmbeddings, FunnelEncoder, FunnelLayer, activation
 from funnel.errors import FunnelError
+from funnel.tokenizer import FILE as TOKENIZER
 
 AnyFunnel = TypeVar("AnyFunnel", bound="Funnel")
 
@@ -139,8 +141,23 @@ class Funnel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors; `folder` has its former content until the new one is whole."""
-        checkpoint.save(folder, self.config, self.state_dict(), type(self).__name__)
+        """Writes config.json and model.safetensors; `folder` has its former content until the new one is whole.
+
+        A tokenizer.json that is there stays.
+
+        Raises:
+            FunnelError: the folder has other files, which would be lost, or cannot be written.
+        """
+        folder = Path(folder)
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if other := sorted(there - {checkpoint.CONFIG, checkpoint.WEIGHTS, TOKENIZER}):
+            raise FunnelError(f"{folder}: has other files ({other[0]}); name a new folder")
+
+        def keep_tokenizer(new: Path) -> None:
+            if TOKENIZER in there:
+                shutil.copy(folder / TOKENIZER, new)
+
+        checkpoint.save(folder, self.config, self.state_dict(), type(self).__name__, keep_tokenizer)
 
 
 class FunnelBaseModel(Funnel):

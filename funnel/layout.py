@@ -230,6 +230,8 @@ def fit_norms(
         norm.get_parameter("bias").fill_(float(state.mean()))
 
     layers = [model.encoder.layers(row.block)[row.layer] for row in plan if row.start == "identity"]
+    if not layers:
+        return
     hooks = [layer.get_submodule(norm).register_forward_pre_hook(fit) for layer in layers for norm in NORMS]
     was_training = model.training
     model.eval()

@@ -48,7 +48,9 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Spearman's correlation: Pearson's of the ranks."""
+    """Spearman's correlation: Pearson's of the ranks; nan where one side is constant or not a number."""
+    if np.isnan(predictions).any() or np.isnan(labels).any():
+        return float("nan")
     return pearson(_ranks(predictions), _ranks(labels))
 
 

@@ -104,8 +104,12 @@ class Classifier:
     def __call__(self, texts: list[str], pairs: list[str] | None = None) -> list[Prediction]: ...
     def __call__(self, texts: str | list[str], pairs: str | list[str] | None = None) -> Prediction | list[Prediction]:
         """Predicts for a text, or for a list of them in its order; `pairs` are second texts."""
+        if pairs is not None and isinstance(pairs, str) != isinstance(texts, str):
+            raise FunnelError("a text takes one second text, a list of texts a list of them")
         if isinstance(texts, str):
             return self([texts], [pairs] if isinstance(pairs, str) else None)[0]
+        if pairs is not None and len(pairs) != len(texts):
+            raise FunnelError(f"{len(texts)} texts and {len(pairs)} second texts: each has one, or none has")
         if not texts:
             return []
         return [self.prediction(row) for row in self.logits(texts, None if pairs is None else list(pairs))]
@@ -154,15 +158,13 @@ def texts_of(
     """
     check_format(flag, path)
     names = column_names(path)
-    wanted = tuple(columns) if text is None else (text,)
-    if text is None and not all(column in names for column in wanted):
-        wanted = next(((name,) for name in ("text", "sentence") if name in names), wanted or ("text",))
-    wanted = (wanted[0], pair) if pair is not None else wanted
-    if missing := [column for column in wanted if column not in names]:
-        raise FunnelError(
-            f"{path}: no column {missing[0]!r}; name the texts with --text-column; there are {', '.join(names)[:200]}"
-        )
-    return ExampleFile(path, wanted)
+    known = [column for column in columns if isinstance(column, str)]  # the columns of some tasks have no names
+    first = text or next((name for name in (*known[:1], "text", "sentence") if name in names), (*known, "text")[0])
+    second = pair or (known[1] if len(known) > 1 else None)
+    for column, option in ((first, "--text-column"), (second, "--text-pair-column")):
+        if column is not None and column not in names:
+            raise FunnelError(f"{path}: no column {column!r}; name it with {option}; there are {', '.join(names)[:200]}")
+    return ExampleFile(path, (first,) if second is None else (first, second))
 
 
 def write_predictions(predictions: Iterator[Prediction], path: Path) -> int:
@@ -270,7 +272,7 @@ def predict_command(args: argparse.Namespace) -> None:
     if args.texts:
         _print(classifier, args.texts, args.pair)
         return
-    lines = (line.rstrip("\r\n") for line in sys.stdin)
+    lines = _standard_input()
     if sys.stdin.isatty():
         print("a text a line; Ctrl-D ends", file=sys.stderr)
     while chunk := list(itertools.islice(lines, 1 if sys.stdin.isatty() else CHUNK)):
@@ -279,6 +281,20 @@ def predict_command(args: argparse.Namespace) -> None:
         else:
             parts = [line.partition("\t") for line in chunk]
             _print(classifier, [first for first, _, _ in parts], [second for _, _, second in parts])
+
+
+def _standard_input() -> Iterator[str]:
+    """Its lines.
+
+    Raises:
+        FunnelError: one is not UTF-8.
+    """
+    try:
+        for line in sys.stdin:
+            line.encode()  # in some locales Python passes on bytes that it cannot read
+            yield line.rstrip("\r\n")
+    except UnicodeError:
+        raise FunnelError("standard input: has a line that is not UTF-8 text; convert it first") from None
 
 
 def _print(classifier: Classifier, texts: list[str], pairs: list[str] | None) -> None:

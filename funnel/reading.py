@@ -189,19 +189,22 @@ class ExampleFile:
             is_label = column == self.label
             if not isinstance(value, str) and not (is_label and isinstance(value, (bool, int, float))):
                 raise self.error(number, f"{column!r} is {json.dumps(value)[:60]}, not a text{' or number' * is_label}")
-            fields.append(value if isinstance(value, str) else json.dumps(value))
+            text = value if isinstance(value, str) else json.dumps(value)
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise self.error(number, f"{column!r} has half of a character (a lone surrogate)")
+            fields.append(text)
         return fields
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         """The files of a folder with a folder of texts a label."""
         for label in str(self.label).split():
             try:
-                files = sorted((self.path / label).iterdir())
+                files = sorted(path for path in (self.path / label).iterdir() if path.suffix == ".txt")
             except OSError as error:
                 raise FunnelError(f"{self.path / label}: cannot be read ({one_line(error)})") from None
             if not files:
-                raise FunnelError(f"{self.path / label}: empty; it takes a text a file")
-            yield from ((label, file) for file in files if file.suffix == ".txt")
+                raise FunnelError(f"{self.path / label}: has no .txt files; it takes a text a file")
+            yield from ((label, file) for file in files)
 
     def _folder_rows(self) -> Iterator[Row]:
         for label, path in self._files():

@@ -3,6 +3,7 @@
 The page (report.html is its template) stands alone: no network, no scripts, light and dark, wide and narrow screens.
 """
 
+import html
 import io
 import itertools
 import json
@@ -272,7 +273,7 @@ def figure(draw: Callable[["Axes"], None], label: str) -> str:
     head = re.sub(r' (width|height)="[^"]*"', "", head)  # the page decides
     body = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", body).replace(INK, "currentColor")
     body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 inherit", body)
-    return f'{head} role="img" aria-label="{label}">{body}'
+    return f'{head} role="img" aria-label="{html.escape(label)}">{body}'
 
 
 def curves(record: Record) -> list[str]:

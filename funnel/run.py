@@ -99,6 +99,8 @@ class Run:
         if not isinstance(found, dict):
             raise FunnelError(f"--resume: {self.folder} holds no run; name its folder with --out")
         if changed := [k for k, v in settings.items() if found.get(k) != v]:
+            if changed == ["contents"]:
+                raise FunnelError(f"--resume: the data is not what {self.folder} was started with; give another --out")
             raise FunnelError(
                 f"--resume: {self.folder} was started with {changed[0]} {found.get(changed[0])!r}, "
                 f"not {settings[changed[0]]!r}; give the same arguments, or another --out"

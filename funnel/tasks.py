@@ -29,7 +29,6 @@ class Task:
         files: by split: "train", and "dev" with what else is evaluated on, as "dev_mismatched". Their paths lie in the
             task's folder until `locate` has found that.
         tests: files without labels, by the name that GLUE's server wants for the answers.
-        submits_names: that server wants the labels' names, not what stands in the file.
         archives: what to download.
     """
 
@@ -283,6 +282,8 @@ def find_task(
     Raises:
         FunnelError: there is no such task, or a file is missing or cannot be used, or arguments do not go together.
     """
+    if data is not None and name is None and data.is_file():
+        check_format("--data", data)
     if data is None or not format_of(data) or is_folder(data):
         for flag, value in {"--dev": dev, "--label-column": label, "--problem": problem}.items():
             if value is not None:

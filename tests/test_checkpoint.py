@@ -157,7 +157,21 @@ def test_a_save_that_died_between_its_renames_is_found(saved):
 
 
 def test_a_replaced_checkpoint_has_nothing_of_the_old_one(saved):
-    (saved / "note.txt").write_text("old")
-    FunnelForSequenceClassification(tiny()).save_pretrained(saved)
+    (saved / "evaluation.json").write_text("old")
+    model = FunnelForSequenceClassification(tiny())
+    checkpoint.save(saved, model.config, model.state_dict(), type(model).__name__)
     assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
     assert json.loads((saved / "config.json").read_text())["architectures"] == ["FunnelForSequenceClassification"]
+
+
+def test_saving_loses_no_other_files(tmp_path):
+    """What the checkpoint does not have is either kept (the tokenizer) or refused, never removed."""
+    model = FunnelBaseModel(tiny())
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/tokenizer.json").write_text("{}")
+    model.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model/tokenizer.json").read_text() == "{}"
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FunnelError, match="has other files"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()

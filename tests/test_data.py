@@ -214,3 +214,10 @@ def test_a_split_that_leaves_nothing_is_an_error(tokenizer):
     dataset = encode(Examples(["a", "b"], None, ["0", "1"]), LABELS, tokenizer, 12)
     with pytest.raises(FunnelError, match="leaves train or dev empty"):
         dataset.split(0.1, 0)
+
+
+@pytest.mark.parametrize("share", [-0.3, 0, 1, float("nan")])
+def test_a_share_that_is_none_is_refused(share, tokenizer):
+    dataset = encode(Examples(["a"] * 10, None, ["0", "1"] * 5), LABELS, tokenizer, 12)
+    with pytest.raises(FunnelError, match="--dev-share"):
+        dataset.split(share, 0)

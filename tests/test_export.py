@@ -8,7 +8,8 @@ from conftest import real_batch, tiny
 
 import convert_weights
 from funnel import export
-from funnel.heads import FunnelForSequenceClassification
+from funnel.errors import FunnelError
+from funnel.heads import FunnelForSequenceClassification, FunnelForTokenClassification
 from funnel.tokenizer import FunnelTokenizer
 
 BATCHES = [([1], 1), ([2], 2), ([5, 3], 5), ([8, 2, 8], 8), ([16, 9], 16), ([17], 17), ([30, 64, 1, 50], 65), ([130], 130)]
@@ -61,3 +62,8 @@ def test_the_command_writes_a_folder_that_is_all_one_needs(tmp_path, capsys):
     (found,) = session.run(None, {name: x.numpy() for name, x in inputs})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(found), model(ids, None, types), rtol=0, atol=1e-5)
+
+
+def test_other_heads_are_refused():
+    with pytest.raises(FunnelError, match="a FunnelForTokenClassification cannot be exported"):
+        export.export_torch(FunnelForTokenClassification(tiny()))

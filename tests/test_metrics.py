@@ -49,3 +49,9 @@ def test_metrics_are_those_of_scikit_learn_and_scipy(name):
         assert found == pytest.approx(expected, abs=1e-12, nan_ok=True), (predictions, labels)
         count += 1
     assert count > 100
+
+
+def test_spearman_of_what_is_no_number_is_none():
+    predictions, labels = np.array([1.0, np.nan, 2.0]), np.array([1.0, 2.0, 3.0])
+    assert np.isnan(stats.spearmanr(predictions, labels).statistic)
+    assert np.isnan(METRICS["spearman"](predictions, labels))

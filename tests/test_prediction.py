@@ -204,11 +204,13 @@ def test_glue_answers_after_training(tmp_path, capsys):
         (["--data", "{}/own.csv", "--dev-share", "0.01"], "--dev-share 0.01 of 4 examples leaves"),
         (["--data", "{}/own.csv", "--predict", "{}/own.txt"], "--predict .*own.txt: it takes a .tsv, .csv or .jsonl file"),
         (["--glue-submission", "x"], "demo is no task of GLUE"),
+        (["--data", "{}/own.xlsx"], "it takes a .tsv, .csv or .jsonl file"),
     ],
 )
 def test_mistakes_in_own_data_are_one_line_and_start_nothing(tmp_path, arguments, words, capsys):
     (tmp_path / "own.csv").write_text("text,label\nx,a\ny,b\nz,a\nw,b\n")
     (tmp_path / "dev.csv").write_text("text,label\nx,c\n")
+    (tmp_path / "own.xlsx").touch()
     assert run(tmp_path, *(argument.format(tmp_path) for argument in arguments)) == 2
     error = capsys.readouterr().err.strip()
     assert re.search(words, error), error
@@ -237,6 +239,30 @@ def test_predict_takes_pairs(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("a film\tnot bad\ngood\tbad\n"))
     assert main(["predict", str(checkpoint.parent)]) == 0
     assert capsys.readouterr().out == given
+
+
+def test_pairs_are_not_lost_in_silence(checkpoint, tmp_path, capsys):
+    classify = Classifier.load(checkpoint)
+    for wrong in (("a", ["b"]), (["a"], "b"), (["a", "b"], ["c"])):
+        with pytest.raises(FunnelError, match="second text"):
+            classify(*wrong)
+    (checkpoint.parent / "run.json").write_text('{"settings": {"max_length": 128, "columns": ["first", "second"]}}')
+    (tmp_path / "new.jsonl").write_text('{"first": "a film", "one": "a film", "second": "bad"}\n')
+    for flags in ((), ("--text-column", "one")):
+        out = tmp_path / "out.jsonl"
+        assert main(["predict", str(checkpoint.parent), "--file", str(tmp_path / "new.jsonl"), "--out", str(out), *flags]) == 0
+        found = json.loads(out.read_text())["probabilities"].values()
+        assert list(found) == pytest.approx(expected(checkpoint, "a film", "bad"), abs=1e-6)
+    (tmp_path / "new.jsonl").write_text('{"text": "a film"}\n')
+    assert main(["predict", str(checkpoint.parent), "--file", str(tmp_path / "new.jsonl")]) == 2
+    assert "no column 'second'; name it with --text-pair-column" in capsys.readouterr().err
+
+
+def test_bytes_on_standard_input_that_are_no_text_are_an_error(checkpoint, capsys, monkeypatch):
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))
+        assert main(["predict", str(checkpoint)]) == 2
+        assert "standard input: has a line that is not UTF-8 text" in capsys.readouterr().err
 
 
 def test_predict_reads_the_columns_of_training_and_writes_a_file(checkpoint, tmp_path, capsys):

@@ -98,3 +98,8 @@ def test_a_signal_saves_the_run_and_the_same_command_goes_on(folder):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert len(lines) > stopped
     assert len({(line["step"], line["split"]) for line in lines}) == len(lines)
+
+
+def test_a_seed_is_not_taken_for_the_number_of_seeds(tmp_path, capsys):
+    assert main(["sweep", "--seed", "3", "--out", str(tmp_path / "out")]) == 2
+    assert "--seed: is set by the sweep itself" in capsys.readouterr().err

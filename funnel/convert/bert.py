@@ -51,6 +51,7 @@ LEFT_OUT = {
     "pooler.": "BERT's pooler: a Funnel classifier reads [cls] itself",
     "cls.": "BERT's pretraining heads",
     "classifier.": "the classifier of the task that it was trained for",
+    "qa_outputs.": "its head for answers",
     "dropout.": "no weights of the body",
     "embeddings.position_ids": "a count from 0 up, no weights",
 }

@@ -26,9 +26,9 @@ COMMON = ("--data", "train.tsv", "--dev", "dev.tsv", "--weights", "weights", "--
 def task(tmp_path_factory):
     """A folder with data and weights, which the runs are in."""
     folder = tmp_path_factory.mktemp("faults")
-    rows = "".join(f"{text}\t{'yes' if 'good' in text else 'no'}\n" for text in TEXTS)
-    (folder / "train.tsv").write_text("text\tlabel\n" + rows)
-    (folder / "dev.tsv").write_text("text\tlabel\n" + "".join(rows.splitlines(keepends=True)[:33]))
+    rows = "".join(f"{text}\t{'yes' if 'good' in text else 'no'}\t{i % 3}\n" for i, text in enumerate(TEXTS))
+    (folder / "train.tsv").write_text("text\tlabel\tof three\n" + rows)
+    (folder / "dev.tsv").write_text("text\tlabel\tof three\n" + "".join(rows.splitlines(keepends=True)[:33]))
     tokenizer = FunnelTokenizer.train(TEXTS)
     torch.manual_seed(0)
     config = tiny(vocab_size=tokenizer.vocab_size, hidden_dropout=0.1, attention_dropout=0.1)
@@ -232,13 +232,27 @@ def test_two_damaged_checkpoints_are_an_error_and_stay_as_they_are(task, start, 
 
 
 @pytest.mark.parametrize(
-    "change", [("--lr", "2e-3"), ("--seed", "1"), ("--blocks", "1,2,1,1"), ("--batch-size", "5"), ("--epochs", "41")]
-)
+    "change",
+    [("--lr", "2e-3"), ("--seed", "1"), ("--blocks", "1,2,1,1"), ("--batch-size", "5"), ("--epochs", "41"),
+     ("--eval-every", "25"), ("--label-column", "of three")],
+)  # fmt: skip
 def test_another_configuration_does_not_go_on(change, start, finish, halfway):
     before = files_of(halfway)
     status, said = finish(start(*COMMON, *change, "--out", "run", "--resume"))
     assert status == 2
     assert "was started with" in said
+    assert files_of(halfway) == before
+
+
+def test_other_contents_do_not_go_on(task, start, finish, halfway):
+    before, data = files_of(halfway), (task / "dev.tsv").read_text()
+    (task / "dev.tsv").write_text(data.replace("yes", "no", 1))
+    try:
+        status, said = finish(start(*COMMON, "--out", "run", "--resume"))
+    finally:
+        (task / "dev.tsv").write_text(data)
+    assert status == 2
+    assert "the data is not what" in said
     assert files_of(halfway) == before
 
 

@@ -1,0 +1,32 @@
+"""Runs of a benchmark that are kept as they end: a line of a .jsonl file each."""
+
+import json
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+Key = TypeVar("Key")
+
+
+def run_all(run: Callable[[Key], Any], keys: Iterable[Key], jobs: int, path: Path) -> list[Any]:
+    """What `run`, which gives a named tuple, came to for every key, `jobs` of them at a time.
+
+    When one fails, or after Ctrl-C, no other one starts; those that are going come to their end and are kept.
+    """
+    lock = threading.Lock()
+
+    def kept(key: Key) -> Any:
+        result = run(key)
+        with lock, path.open("a") as file:
+            file.write(json.dumps(result._asdict()) + "\n")
+        return result
+
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(kept, key) for key in keys]
+        try:
+            return [future.result() for future in as_completed(running)]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
