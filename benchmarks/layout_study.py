@@ -126,12 +126,15 @@ def time_layouts(layouts: list[str], args: argparse.Namespace, steps: int = 10) 
 def table(results: list[Result], times: dict[str, float], texts: int) -> str:
     """Markdown, a line a layout and init; `texts` are those of an epoch."""
     spans = sorted({r.epochs for r in results})
-    heads = ["layout", "new layers", *(f"epochs: {epochs:g}" for epochs in spans), "MFLOPs a text", "minutes an epoch"]
+    heads = ["layout", "new layers", *(f"epochs: {epochs:g}" for epochs in spans), "MFLOPs a text"]
+    heads += ["minutes an epoch"] if times else []
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (layout, init), group in grouped(results).items():
         cells = [accuracies([r for r in group if r.epochs == epochs]) for epochs in spans]
-        minutes = f"{times[layout] * texts / 60:.1f}" if layout in times else ""
-        lines.append(f"| {layout} | {init} | {' | '.join(cells)} | {group[0].flops / 1e6:.0f} | {minutes} |")
+        cells = [layout, init, *cells, f"{group[0].flops / 1e6:.0f}"]
+        if times:
+            cells.append(f"{times[layout] * texts / 60:.1f}" if layout in times else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -149,26 +152,27 @@ def grouped(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
 
 
 def draw(results: list[Result], times: dict[str, float], texts: int, path: Path) -> None:
-    """Accuracy against FLOPs and against time, a point a layout and init."""
+    """Accuracy against FLOPs and, of layouts that were timed, against time; a point a layout and init."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    series = {(init, name.split(",")[0]) for name, init in grouped(results)}
-    for init, per_block in sorted(series):
-        groups = [
-            (k, g) for k, g in grouped(results).items() if k[1] == init and k[0].split(",")[0] == per_block and k[0] in times
-        ]
-        y = [statistics.mean(r.accuracy for r in g) * 100 for _, g in groups]
-        for axis, x in (
-            (axes[0], [g[0].flops / 1e6 for _, g in groups]),
-            (axes[1], [times[k[0]] * texts / 60 for k, _ in groups]),
-        ):
-            axis.plot(x, y, "o-" if init == "identity" else "s--", label=f"{init}, {per_block} layers a block")
-            for (key, _), a, b in zip(groups, x, y, strict=True):
-                axis.annotate(f"{key[0].count(',') + 1}", (a, b), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    axes[0].set(xlabel="MFLOPs a text, forward", ylabel="accuracy on dev, %")
-    axes[1].set(xlabel="minutes of training an epoch")
-    axes[0].legend(fontsize=8)
+    costs = {"MFLOPs a text, forward": {r.layout: r.flops / 1e6 for r in results}}
+    if times:
+        costs["minutes of training an epoch"] = {layout: seconds * texts / 60 for layout, seconds in times.items()}
+    figure, axes = plt.subplots(1, len(costs), figsize=(5 * len(costs), 4), sharey=True, layout="constrained", squeeze=False)
+    for axis, (label, cost) in zip(axes[0], costs.items(), strict=True):
+        for init, per_block in sorted({(init, layout.split(",")[0]) for layout, init in grouped(results)}):
+            points = [
+                (cost[layout], statistics.mean(r.accuracy for r in group) * 100, layout.count(",") + 1)
+                for (layout, kind), group in grouped(results).items()
+                if kind == init and layout.split(",")[0] == per_block and layout in cost
+            ]
+            line = "o-" if init == "identity" else "s--"
+            axis.plot([p[0] for p in points], [p[1] for p in points], line, label=f"{init}, {per_block} layers a block")
+            for x, y, blocks in points:
+                axis.annotate(str(blocks), (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+        axis.set(xlabel=label)
+    axes[0, 0].set(ylabel="accuracy on dev, %")
+    axes[0, 0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
