@@ -27,8 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--to", choices=("funnel", "huggingface", "onnx"), default="funnel", help="format to write (%(default)s)"
     )
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     args = parser.parse_args(arguments)
-    return exit_status("convert_weights.py", lambda: convert(args.source, args.out, args.to), "nothing was written")
+    return exit_status("convert_weights.py", lambda: convert(args.source, args.out, args.to), "nothing was written", args.debug)
 
 
 def convert(name: str, out: Path, to: str = "funnel") -> None:
