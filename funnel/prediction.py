@@ -267,6 +267,8 @@ def predict_command(args: argparse.Namespace) -> None:
     if args.file is not None:
         source = texts_of(args.file, classifier.columns, args.text_column, args.text_pair_column, "--file")
         out = args.out or args.run / f"predictions-{args.file.name}"
+        if out.exists() and out.samefile(args.file):
+            raise FunnelError(f"--out {out}: is the file of texts itself; name another one")
         print(f"{write_predictions(classifier.of_file(source), out):,} predictions in {out}")
         return
     if args.texts:
