@@ -1,6 +1,7 @@
 """Runs of a benchmark that are kept as they end: a line of a .jsonl file each."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,6 +22,7 @@ def run_all(run: Callable[[Key], Any], keys: Iterable[Key], jobs: int, path: Pat
         result = run(key)
         with lock, path.open("a") as file:
             file.write(json.dumps(result._asdict()) + "\n")
+        print(result, file=sys.stderr, flush=True)
         return result
 
     with ThreadPoolExecutor(jobs) as pool:
