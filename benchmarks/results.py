@@ -16,10 +16,16 @@ def run_all(run: Callable[[Key], Any], keys: Iterable[Key], jobs: int, path: Pat
 
     When one fails, or after Ctrl-C, no other one starts; those that are going come to their end and are kept.
     """
-    lock = threading.Lock()
+    lock, stop = threading.Lock(), threading.Event()
 
     def kept(key: Key) -> Any:
-        result = run(key)
+        if stop.is_set():
+            return None
+        try:
+            result = run(key)
+        except BaseException:
+            stop.set()
+            raise
         with lock, path.open("a") as file:
             file.write(json.dumps(result._asdict()) + "\n")
         print(result, file=sys.stderr, flush=True)
@@ -29,6 +35,5 @@ def run_all(run: Callable[[Key], Any], keys: Iterable[Key], jobs: int, path: Pat
         running = [pool.submit(kept, key) for key in keys]
         try:
             return [future.result() for future in as_completed(running)]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        finally:
+            stop.set()

@@ -30,4 +30,4 @@ def test_runs_that_end_are_kept_and_none_starts_after_a_failure(tmp_path):
         run_all(run, range(20), 2, tmp_path / "results.jsonl")
     kept = {json.loads(line)["key"] for line in (tmp_path / "results.jsonl").read_text().splitlines()}
     assert kept == set(started) - {2}
-    assert len(started) < 10
+    assert set(started) <= {0, 1, 2, 3}
