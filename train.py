@@ -11,6 +11,7 @@ This file is the recipe, top to bottom: copy it and change it. What it calls is 
 import argparse
 import itertools
 import math
+import os
 import shlex
 import sys
 import time
@@ -29,10 +30,10 @@ from funnel.data import Batch, encode
 from funnel.dropout import share_of_batch
 from funnel.errors import FunnelError, Stopped, exit_status
 from funnel.heads import FunnelForSequenceClassification
-from funnel.prediction import Classifier, texts_of, write_predictions, write_submission
+from funnel.prediction import Classifier, tell_cut, texts_of, write_predictions, write_submission
 from funnel.processes import Processes, Signals, end
 from funnel.run import Run, State, free_folder
-from funnel.tasks import TASKS, Task, find_task
+from funnel.tasks import OWN, TASKS, Task, find_task
 
 PATIENCE = 5  # steps in a row that may be skipped because a number is not finite
 
@@ -46,15 +47,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--weights", help="checkpoint folder (any format that convert_weights.py reads), hub id, or none "
                       "(default: none for the demo task, funnel-transformer/small for the others)")  # fmt: skip
     what.add_argument("--blocks", help="layers in each block, as in 2,2,2,2 or 6,3x2,3x2 (default: as in the weights)")
-    what.add_argument("--init", choices=INITS, default="identity", help="what layers that the weights do not have "
-                      "start as (default: %(default)s)")  # fmt: skip
-    what.add_argument("--keep", choices=KEEPS, default="spread", help="which layers stay where the weights have more "
-                      "than --blocks (default: %(default)s)")  # fmt: skip
+    what.add_argument("--init", choices=INITS, help="what layers that the weights do not have start as "
+                      "(default: identity)")  # fmt: skip
+    what.add_argument("--keep", choices=KEEPS, help="which layers stay where the weights have more than --blocks "
+                      "(default: spread)")  # fmt: skip
     what.add_argument("--layout-plan", type=Path, help="JSON file that says where each layer comes from, instead of --init "
                       "(every run writes its own as layout_plan.json; python -m funnel layout shows one)")  # fmt: skip
     own = parser.add_argument_group("your own data (--data FILE)")
     own.add_argument("--dev", type=Path, help="file to evaluate on (default: a part of --data, drawn by --seed)")
-    own.add_argument("--dev-share", type=float, default=0.1, help="that part, of every class (default: %(default)s)")
+    own.add_argument("--dev-share", type=float, help="that part, of every class (default: 0.1)")
     own.add_argument("--text-column", help="(default: text or sentence)")
     own.add_argument("--text-pair-column", help="second texts (default: there are none)")
     own.add_argument("--label-column", help="(default: label)")
@@ -91,7 +92,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     where.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="the newest N of those are kept "
                        "(default: %(default)s)")  # fmt: skip
     where.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.command = ["python", "train.py", *arguments] if arguments is not None else sys.orig_argv
+    if arguments is None and "TORCHELASTIC_RUN_ID" in os.environ:
+        args.command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *args.command[-len(sys.argv) :]]
+    return args
 
 
 def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
@@ -99,11 +104,14 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     # What was asked for; weights, data, model.
     device = processes.device
     with processes.together():
+        check(args, processes.size)
         task = find_task(
             args.task, args.data, args.dev, args.text_column, args.text_pair_column, args.label_column, args.problem
         )
-        complete(args, task, processes.size)
+        complete(args, task)
         to_predict = args.predict and texts_of(args.predict, task.columns, args.text_column, args.text_pair_column)
+        for file in [*([to_predict] if to_predict else []), *(task.tests.values() if args.glue_submission else [])]:
+            file.check()  # before training, not after it
         training.set_seed(args.seed)
         training.reuse_memory()
         built = build_classifier(
@@ -119,6 +127,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
         model, tokenizer, plan, origin = built
         sets = {name: encode(file, task.label_ids, tokenizer, args.max_length) for name, file in task.files.items()}
         cuts = {name: dataset.cut for name, dataset in sets.items() if dataset.cut.texts}
+        contents = {name: dataset.digest for name, dataset in sets.items()}
         train_set = sets.pop("train")
         if not sets:
             train_set, sets["dev"] = train_set.split(args.dev_share, args.seed)
@@ -140,7 +149,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
         "blocks": config.layout, "dtype": dtype, "steps": total_steps,
         "train_texts": len(train_set), "dev_texts": len(sets["dev"]),
         "mean_tokens": round(float(train_set.lengths.mean()), 1),
-        "contents": {split: file.digest() for split, file in task.files.items()}}  # fmt: skip
+        "contents": contents}  # fmt: skip
     run = Run(processes.of_first(lambda: open_run(args, settings, plan)), args.keep_checkpoints)
     found = processes.of_first(run.load) if args.resume else None
     if args.resume and processes.is_first:
@@ -163,11 +172,15 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
         scaler.load_state_dict(state.scaler)
 
     parameters = sum(p.numel() for p in model.parameters())
-    cut = "".join(f"\nwarning: --max-length {args.max_length}: {name}: {lost}" for name, lost in cuts.items())
+    warnings = [f"--max-length {args.max_length}: {name}: {lost}" for name, lost in cuts.items()]
+    if task.labels is not None and len(absent := np.setdiff1d(train_set.labels, sets["dev"].labels)):
+        names = ", ".join(config.id2label[i] for i in absent)[:200]
+        warnings.append(f"{len(absent)} classes have no text in dev: {names}")
     evaluated = ", ".join(f"{len(dataset):,} in {split}" for split, dataset in sets.items())
     resumed = "no checkpoint yet: begins at step 0" if found is None else f"resumed at step {state.step:,}"
     where = f"{device.type}" + (f" in {processes.size} processes" if processes.size > 1 else "")
-    print(f"{task.title}: {len(train_set):,} texts to train on, {evaluated}{cut}\n"
+    print(f"{task.title}: {len(train_set):,} texts to train on, {evaluated}\n"
+          + "".join(f"warning: {warning}\n" for warning in warnings) +
           f"model: blocks {config.layout}, width {config.d_model}, {parameters:,} parameters, from {origin}\n"
           f"training: {total_steps:,} steps of {args.batch_size}, lr {args.lr:g}, {dtype} on {where}, into {run.folder}"
           + (f"\n{resumed}" if args.resume else ""), flush=True)  # fmt: skip
@@ -222,7 +235,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     def is_due(every: int) -> bool:
         return state.step % every == 0 or state.step == total_steps
 
-    started, seen, warning = time.perf_counter(), 0, None
+    warning = None
     bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=None if processes.is_first else True,
                dynamic_ncols=True)  # fmt: skip
     try:
@@ -230,6 +243,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
             if state.evaluated < state.step and is_due(eval_every):  # it was stopped before that
                 warning = evaluate()
                 save("last")
+            started, seen = time.perf_counter(), 0
             batches = train_set.batches(args.batch_size, args.seed, start=state.step)
             for index in itertools.islice(batches, total_steps - state.step):
                 training.seed_step(args.seed, state.step, processes.rank)
@@ -301,6 +315,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
             print(f"{write_predictions(classifier.of_file(to_predict), path):,} predictions in {path}")
         if args.glue_submission is not None:
             print(f"answers in {', '.join(map(str, write_submission(classifier, task, args.glue_submission)))}")
+        tell_cut(classifier)
     return state.best
 
 
@@ -311,20 +326,19 @@ def open_run(args: argparse.Namespace, settings: dict[str, Any], plan: list[layo
     if args.resume:
         run.check(settings)
     else:
-        run.start(settings, shlex.join(sys.orig_argv))
+        run.start(settings, shlex.join(args.command))
     layout.write_plan(run.folder / "layout_plan.json", plan)
     return run.folder
 
 
-def complete(args: argparse.Namespace, task: Task, size: int) -> None:
-    """Puts the task's defaults where nothing was asked for, and checks what was; `size` is the number of processes."""
-    args.epochs = positive("--epochs", args.epochs, task.epochs, below=1e6)
-    args.lr = positive("--lr", args.lr, task.learning_rate, below=1e3)
-    args.batch_size = int(positive("--batch-size", args.batch_size, task.batch_size))
-    args.max_length = int(positive("--max-length", args.max_length, task.max_length))
-    args.weights = args.weights or ("none" if task.name == "demo" else "funnel-transformer/small")
-    for flag in ("eval_every", "save_every", "accumulate", "keep_checkpoints"):
-        positive(f"--{flag.replace('_', '-')}", getattr(args, flag), 1)
+def check(args: argparse.Namespace, size: int) -> None:
+    """Stops at an argument that cannot be, before anything is read; `size` is the number of processes."""
+    most = {"epochs": 1e6, "lr": 1e3}
+    for flag in (*most, "batch_size", "max_length", "eval_every", "save_every", "accumulate", "keep_checkpoints"):
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < most.get(flag, math.inf):
+            bound = f" and below {most[flag]:g}" if flag in most else ""
+            raise FunnelError(f"--{flag.replace('_', '-')} {value}: it takes a number above 0{bound}")
     if not 0 <= args.warmup < 1:
         raise FunnelError(f"--warmup {args.warmup}: it takes a share of all steps, from 0 to below 1")
     if not 0 <= args.weight_decay < float("inf"):
@@ -333,31 +347,44 @@ def complete(args: argparse.Namespace, task: Task, size: int) -> None:
         raise FunnelError(f"--seed {args.seed}: it takes a whole number from 0 to 2**32 - 1")
     if args.blocks is not None:
         parse_layout(args.blocks)
+    if args.layout_plan is not None and (args.init or args.keep):
+        raise FunnelError(f"--{'init' if args.init else 'keep'}: --layout-plan says it of every layer; give one of them")
+    if args.dev is not None and args.dev_share is not None:
+        raise FunnelError("--dev-share: --dev is what to evaluate on; give one of them")
     if args.resume and args.out is None:
         raise FunnelError("--resume: name the run's folder with --out")
     if args.shard and args.dtype == "fp16":
         raise FunnelError("--shard: takes --dtype bf16 or fp32, not fp16")
     if args.shard and size == 1:
         raise FunnelError("--shard: spreads weights over several processes; start them with torchrun")
+
+
+def complete(args: argparse.Namespace, task: Task) -> None:
+    """Puts defaults where nothing was asked for, and stops at what the task has no use for."""
+    is_own = task.name == OWN
+    if args.dev_share is not None and not is_own:
+        raise FunnelError(f"--dev-share: {task.title} has texts to evaluate on; it belongs to a file of your own")
+    for flag, column in {"--text-column": args.text_column, "--text-pair-column": args.text_pair_column}.items():
+        if column is not None and not is_own and args.predict is None:
+            raise FunnelError(f"{flag}: belongs to a file of your own; name it with --data FILE, or --predict FILE")
     if args.glue_submission is not None:
         for file in task.tests.values():
             if not file.path.exists():
                 raise FunnelError(f"--glue-submission: {file.path} is missing; the server wants answers to it")
         if not task.tests:
             raise FunnelError(f"--glue-submission: {task.title} is no task of GLUE")
+    defaults = {
+        "epochs": task.epochs, "lr": task.learning_rate, "batch_size": task.batch_size, "max_length": task.max_length,
+        "weights": "none" if task.name == "demo" else "funnel-transformer/small",
+        "init": "identity", "keep": "spread", "dev_share": 0.1}  # fmt: skip
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def describe(scores: dict[str, float]) -> str:
     """An evaluation in a line."""
     return f"step {scores['step']:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "step")
-
-
-def positive(flag: str, value: float | None, default: float, below: float = float("inf")) -> float:
-    """An argument's value or its default; FunnelError if it is not above 0 and below a bound."""
-    value = default if value is None else value
-    if not 0 < value < below:
-        raise FunnelError(f"{flag} {value}: it takes a number above 0" + (f" and below {below:g}" if below < 1e9 else ""))
-    return value
 
 
 def main(arguments: list[str] | None = None) -> int:

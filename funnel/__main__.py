@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     for add in (add_layout, add_predict, add_report, add_explain, add_sweep):
         add(commands)
     args, more = parser.parse_known_args(arguments)
+    if args.command == "predict" and not any(argument.startswith("-") for argument in more):
+        args.texts, more = args.texts + more, []  # argparse does not look for TEXT behind an option
     if more and args.command != "sweep":
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     args.more = more
@@ -99,9 +101,11 @@ def add_explain(commands: "Subparsers[argparse.ArgumentParser]") -> None:
 
     def work(args: argparse.Namespace) -> None:
         from funnel import explain
-        from funnel.prediction import Classifier
+        from funnel.prediction import Classifier, tell_cut
 
-        print(explain.describe(explain.explain(Classifier.load(args.run, args.device, args.dtype), args.text, args.pair)))
+        classifier = Classifier.load(args.run, args.device, args.dtype)
+        print(explain.describe(explain.explain(classifier, args.text, args.pair)))
+        tell_cut(classifier)
 
     parser.set_defaults(work=work)
 

@@ -9,7 +9,7 @@ import torch
 from funnel import layout
 from funnel.checkpoint import load_weights
 from funnel.config import FunnelConfig, parse_layout
-from funnel.convert import fetch, read_source
+from funnel.convert import fetch, read_config, read_source
 from funnel.cost import check_memory
 from funnel.data import Dataset
 from funnel.heads import FunnelForSequenceClassification
@@ -64,17 +64,12 @@ def build_classifier(
     Raises:
         FunnelError: the weights cannot be had or read, or do not fit the layout, or the model is larger than the memory.
     """
-    if weights == "none":
+    folder = None if weights == "none" else fetch(weights)
+    if folder is None:
         tokenizer = FunnelTokenizer.train(texts)
         start = SMALL.replace(vocab_size=tokenizer.vocab_size)
-        old_weights, origin = FunnelForSequenceClassification(start).state_dict(), "random weights"
-        # Published models draw word embeddings with a deviation of 1 and train for a million steps. Adam moves a weight
-        # by about the learning rate a step, so in a thousand steps only small embeddings get anywhere.
-        old_weights["embeddings.word_embeddings.weight"] *= 0.02
     else:
-        source = read_source(fetch(weights))
-        tokenizer = FunnelTokenizer.load(source.folder).fitting(source.config.vocab_size, source.folder)
-        start, old_weights, origin = source.config, source.weights, weights
+        start = read_config(folder)
     sizes, repeats = (start.block_sizes, start.repeats) if blocks is None else parse_layout(blocks)
     config = start.replace(
         block_sizes=sizes,
@@ -84,7 +79,17 @@ def build_classifier(
         problem_type="regression" if labels is None else "single_label_classification",
     )
     plan = layout.read_plan(plan_file, start, config) if plan_file else layout.make_plan(start, config, init, keep)
-    check_memory(config, bytes_per_weight)
+    check_memory(config, bytes_per_weight)  # before weights are read, as all that is above
+
+    if folder is None:
+        old_weights, origin = FunnelForSequenceClassification(start).state_dict(), "random weights"
+        # Published models draw word embeddings with a deviation of 1 and train for a million steps. Adam moves a weight
+        # by about the learning rate a step, so in a thousand steps only small embeddings get anywhere.
+        old_weights["embeddings.word_embeddings.weight"] *= 0.02
+    else:
+        source = read_source(folder)
+        tokenizer = FunnelTokenizer.load(folder).fitting(start.vocab_size, folder)
+        old_weights, origin = source.weights, weights
     model = FunnelForSequenceClassification(config)
     fresh = load_weights(model, layout.apply_plan(old_weights, plan, model.state_dict()), weights)
     added = sum(row.start != "keep" for row in plan)

@@ -237,7 +237,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file."""
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    path.touch()
+    mode = path.stat().st_mode  # as the user's umask has it; safetensors lets nobody else read
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
@@ -374,6 +377,20 @@ def existing(folder: str | Path) -> Path:
             return _sibling(folder, "old")
         raise FunnelError(f"{folder}: no such folder")
     return folder
+
+
+def of_run(folder: Path) -> Path:
+    """A run's best checkpoint where the folder is a run's; any other folder as it is.
+
+    Raises:
+        FunnelError: the run has none yet.
+    """
+    if not (folder / "run.json").is_file():
+        return folder
+    try:
+        return existing(folder / "best")
+    except FunnelError:
+        raise FunnelError(f"{folder}: the run has no best checkpoint yet; let it get to its first evaluation") from None
 
 
 def is_folder(path: Path) -> bool:

@@ -95,14 +95,16 @@ class Dataset:
         lengths: [n], tokens of each example.
         labels: [n], int32 label ids, or float32 scores.
         cut: what did not fit.
+        digest: checksum of the source's content, where it has one.
     """
 
-    def __init__(self, ids: np.ndarray, rows: Mapping[str, np.ndarray], cut: Cut, pad_id: int) -> None:
+    def __init__(self, ids: np.ndarray, rows: Mapping[str, np.ndarray], cut: Cut, pad_id: int, digest: str = "") -> None:
         self._ids = ids
         self._starts, self._seconds = rows["starts"], rows["seconds"]
         self.lengths, self.labels = rows["lengths"], rows["labels"]
         self.cut = cut
         self.pad_id = pad_id
+        self.digest = digest
 
     @classmethod
     def of(cls, texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: FunnelTokenizer, max_length: int) -> "Dataset":
@@ -110,7 +112,8 @@ class Dataset:
         encoded = tokenizer.encode(texts, pairs, max_length)
         rows = _rows(encoded, pairs is not None) | {"labels": np.full(len(texts), -1, dtype=np.int32)}
         rows["starts"] = np.concatenate([[0], rows["lengths"][:-1].cumsum(dtype=np.int64)])
-        return cls(_ids(encoded, np.int32), rows, Cut(0, 0, 0, 0), tokenizer.pad_id)
+        cut = _cut(encoded, texts, pairs, tokenizer)
+        return cls(_ids(encoded, np.int32), rows, cut, tokenizer.pad_id)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -118,7 +121,7 @@ class Dataset:
     def subset(self, index: np.ndarray) -> "Dataset":
         """Some of the rows, in the order given; the ids are shared."""
         rows = {"starts": self._starts, "seconds": self._seconds, "lengths": self.lengths, "labels": self.labels}
-        return Dataset(self._ids, {name: array[index] for name, array in rows.items()}, self.cut, self.pad_id)
+        return Dataset(self._ids, {name: array[index] for name, array in rows.items()}, self.cut, self.pad_id, self.digest)
 
     def ids(self, row: int) -> list[int]:
         """The ids of one example."""
@@ -172,7 +175,10 @@ class Dataset:
             yield order[start : start + batch_size]
 
     def split(self, share: float, seed: int) -> tuple["Dataset", "Dataset"]:
-        """Two datasets, the second with about `share` of the rows of every class (of all rows, for scores).
+        """Two datasets, the second with `share` of the rows, and about as many of every class.
+
+        Of classes whose share is a fraction of a row, those get one more that lose most by rounding down. A class of one
+        row stays in the first.
 
         Raises:
             FunnelError: one of them would be empty, or the share is none.
@@ -182,10 +188,13 @@ class Dataset:
         random = np.random.default_rng(seed)
         is_score = self.labels.dtype == np.float32
         groups = [np.arange(len(self))] if is_score else [np.flatnonzero(self.labels == c) for c in np.unique(self.labels)]
-        second: list[np.ndarray] = []
-        for group in groups:
-            second.append(random.permutation(group)[: round(len(group) * share)])
-        chosen = np.sort(np.concatenate(second))
+        groups = [random.permutation(group) for group in groups]
+        wanted = np.array([len(group) * share for group in groups])
+        counts = np.floor(wanted).astype(int)
+        missing = round(len(self) * share) - int(counts.sum())
+        if missing > 0:
+            counts[np.argsort(counts - wanted, kind="stable")[:missing]] += 1
+        chosen = np.sort(np.concatenate([group[: min(n, len(group) - 1)] for group, n in zip(groups, counts, strict=True)]))
         if not 0 < len(chosen) < len(self):
             raise FunnelError(
                 f"--dev-share {share:g} of {len(self)} examples leaves train or dev empty; name a file with --dev"
@@ -220,7 +229,7 @@ def encode(
     folder = cache_folder() / "encoded" / name
     if (folder / "rows.npz").is_file():
         try:
-            return _open(folder, tokenizer.pad_id)
+            return _open(folder, tokenizer.pad_id, digest)
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, FunnelError):  # damaged: it is made again
             shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -239,8 +248,8 @@ def encode(
                 part.replace(folder)
             except OSError:  # another process was faster
                 shutil.rmtree(part, ignore_errors=True)
-            return _open(folder, tokenizer.pad_id)
-        dataset = _open(part, tokenizer.pad_id)
+            return _open(folder, tokenizer.pad_id, digest)
+        dataset = _open(part, tokenizer.pad_id, digest)
         weakref.finalize(dataset, shutil.rmtree, part, ignore_errors=True)
         return dataset
     except OSError as error:
@@ -258,7 +267,7 @@ def _write(
     """Encodes a source piece by piece into the files of a folder."""
     kind = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     parts: dict[str, list[np.ndarray]] = {"lengths": [], "seconds": [], "labels": []}
-    cut_texts = lost = longest = 0
+    cut = Cut(0, 0, 0, 0)
     rows = source.rows()
     with (folder / "ids.bin").open("wb") as file:
         while chunk := list(itertools.islice(rows, CHUNK)):
@@ -272,17 +281,21 @@ def _write(
             )
             for name, array in found.items():
                 parts[name].append(array)
-            longest = max(longest, int(found["lengths"].max()))
-            if cut := [i for i, e in enumerate(encoded) if e.cut]:
-                whole = tokenizer.encode([texts[i] for i in cut], pairs and [pairs[i] for i in cut], 2**31 - 1)
-                lengths = [len(e.input_ids) for e in whole]
-                cut_texts, lost = cut_texts + len(cut), lost + sum(lengths) - int(found["lengths"][cut].sum())
-                longest = max(longest, *lengths)
+            more = _cut(encoded, texts, pairs, tokenizer)
+            cut = Cut(cut.texts + more.texts, cut.lost + more.lost, cut.tokens + more.tokens, max(cut.longest, more.longest))
     arrays = {name: np.concatenate(pieces) for name, pieces in parts.items()}
     arrays["starts"] = np.concatenate([[0], arrays["lengths"][:-1].cumsum(dtype=np.int64)])
     np.savez(folder / "rows.npz", allow_pickle=False, **arrays)
-    tokens = int(arrays["lengths"].sum(dtype=np.int64)) + lost
-    write_json(folder / "about.json", {"ids": np.dtype(kind).name, "cut": [cut_texts, lost, tokens, longest]})
+    write_json(folder / "about.json", {"ids": np.dtype(kind).name, "cut": list(cut)})
+
+
+def _cut(encoded: Sequence[Encoding], texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: FunnelTokenizer) -> Cut:
+    """What of some texts did not fit."""
+    rows = [i for i, e in enumerate(encoded) if e.cut]
+    whole = tokenizer.encode([texts[i] for i in rows], pairs and [pairs[i] for i in rows], 2**31 - 1) if rows else []
+    lost = sum(len(e.input_ids) for e in whole) - sum(len(encoded[i].input_ids) for i in rows)
+    tokens = sum(len(e.input_ids) for e in encoded) + lost
+    return Cut(len(rows), lost, tokens, max(len(e.input_ids) for e in [*encoded, *whole]))
 
 
 def _ids(encoded: Sequence[Encoding], kind: type) -> np.ndarray:
@@ -296,14 +309,14 @@ def _rows(encoded: Sequence[Encoding], are_pairs: bool) -> dict[str, np.ndarray]
     return {"lengths": lengths, "seconds": np.array(seconds, dtype=np.int32)}
 
 
-def _open(folder: Path, pad_id: int) -> Dataset:
+def _open(folder: Path, pad_id: int, digest: str) -> Dataset:
     about = read_json(folder / "about.json")
     ids = np.memmap(folder / "ids.bin", dtype=about["ids"], mode="r")
     with np.load(folder / "rows.npz") as file:
         rows = dict(file)
     if int(rows["starts"][-1]) + int(rows["lengths"][-1]) != len(ids):
         raise FunnelError(f"{folder}: damaged")
-    return Dataset(ids, rows, Cut(*about["cut"]), pad_id)
+    return Dataset(ids, rows, Cut(*about["cut"]), pad_id, digest)
 
 
 def _label(row: Row, labels: Mapping[str, int] | None, source: ExampleFile | Examples) -> float:

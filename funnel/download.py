@@ -1,5 +1,6 @@
 """Archives of data: downloaded once, resumed when cut off, checked, and unpacked without leaving their folder."""
 
+import contextlib
 import hashlib
 import http.client
 import shutil
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -35,6 +37,24 @@ class Archive:
     @property
     def name(self) -> str:
         return self.address.rsplit("/", 1)[-1]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes a folder, and within it lets no other process at it that asks for the same.
+
+    Raises:
+        FunnelError: the folder cannot be written.
+    """
+    from huggingface_hub.utils import WeakFileLock  # here, because most runs download nothing
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise FunnelError(f"{folder}: cannot be written ({one_line(error)}); $FUNNEL_CACHE names another folder") from None
+    with WeakFileLock(folder / ".lock"):
+        yield
 
 
 def download(archive: Archive, folder: Path) -> Path:
@@ -95,12 +115,20 @@ def _receive(archive: Archive, part: Path) -> None:
         bar = tqdm(desc=archive.name, total=total, initial=have, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
         with bar, part.open("r+b" if have else "wb") as file:
             file.seek(have)
-            while piece := response.read(2**16):
+            while piece := _read(response):
                 file.write(piece)
                 bar.update(len(piece))
                 have += len(piece)
     if total is not None and have < total:
         raise ConnectionError(f"the connection broke off after {have:,} of {total:,} bytes")
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """The next bytes; whatever the network does is a ConnectionError, unlike what the disk does."""
+    try:
+        return response.read(2**16)
+    except OSError as error:
+        raise ConnectionError(one_line(error)) from None
 
 
 def _checksum(path: Path, kind: str) -> str:

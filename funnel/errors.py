@@ -1,5 +1,6 @@
 """What ends a command: a mistake in what was given, a signal; and with which exit status."""
 
+import io
 import os
 import signal
 import sys
@@ -48,6 +49,8 @@ def exit_status(program: str, run: Callable[[], object], stopped: str, debug: bo
         stopped: what to say after Ctrl-C.
         debug: let errors through, with their traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a locale without a text's letters does not stop the command
     try:
         run()
         sys.stdout.flush()

@@ -55,6 +55,7 @@ def explain(classifier: Classifier, text: str, pair: str | None = None) -> Expla
     """
     config = classifier.model.config
     data = Dataset.of([text], None if pair is None else [pair], classifier.tokenizer, classifier.max_length)
+    classifier.cut += data.cut.texts
     ids, mask, types, _ = data.batch(np.zeros(1, int)).to(classifier.device)
     with attend.recorded() as weights:
         logits = classifier.model(ids, mask, types).float().cpu()[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from funnel import checkpoint, training
-from funnel.checkpoint import read_json
+from funnel.config import read_json
 from funnel.data import Dataset
 from funnel.errors import FunnelError, one_line
 from funnel.heads import FunnelForSequenceClassification
@@ -53,6 +53,9 @@ class Classifier:
         max_length: tokens of a text at most.
         dtype: of matrix products, a name in `training.DTYPES`.
         columns: of the texts that it was trained on, where these have names.
+
+    Attributes:
+        cut: how many texts so far had more than `max_length` tokens and were cut.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Classifier:
     ) -> None:
         self.model, self.tokenizer, self.max_length, self.dtype = model.eval(), tokenizer, max_length, dtype
         self.columns = tuple(columns)
+        self.cut = 0
         self.device = next(model.parameters()).device
 
     @classmethod
@@ -81,8 +85,7 @@ class Classifier:
         """
         path = Path(folder)
         run = path if (path / "run.json").is_file() else path.parent
-        if run == path:
-            path = checkpoint.existing(path / "best")
+        path = checkpoint.of_run(path)
         max_length, columns = 512, []
         if (run / "run.json").is_file():
             with suppress(KeyError, TypeError, ValueError, OverflowError):
@@ -117,6 +120,7 @@ class Classifier:
     def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tensor:
         """[texts, outputs], float32 on the CPU; texts of one length go through the model together."""
         dataset = Dataset.of(texts, pairs, self.tokenizer, self.max_length)
+        self.cut += dataset.cut.texts
         return training.predict(self.model, dataset, self.device, self.dtype)
 
     def prediction(self, logits: Tensor) -> Prediction:
@@ -264,6 +268,20 @@ def predict_command(args: argparse.Namespace) -> None:
     if args.pair is not None and len(args.pair) != len(args.texts):
         raise FunnelError(f"--pair: given {len(args.pair)} times for {len(args.texts)} texts; each has one, or none has")
     classifier = Classifier.load(args.run, args.device, args.dtype)
+    try:
+        _predict(classifier, args)
+    finally:
+        tell_cut(classifier)
+
+
+def tell_cut(classifier: Classifier) -> None:
+    """Says on standard error how many texts were cut, if any were."""
+    if classifier.cut:
+        texts = "1 text has" if classifier.cut == 1 else f"{classifier.cut:,} texts have"
+        print(f"warning: {texts} more than {classifier.max_length} tokens; what is behind them was not read", file=sys.stderr)
+
+
+def _predict(classifier: Classifier, args: argparse.Namespace) -> None:
     if args.file is not None:
         source = texts_of(args.file, classifier.columns, args.text_column, args.text_pair_column, "--file")
         out = args.out or args.run / f"predictions-{args.file.name}"
@@ -271,29 +289,34 @@ def predict_command(args: argparse.Namespace) -> None:
             raise FunnelError(f"--out {out}: is the file of texts itself; name another one")
         print(f"{write_predictions(classifier.of_file(source), out):,} predictions in {out}")
         return
+    takes_pairs = len(classifier.columns) == 2
     if args.texts:
+        if takes_pairs and args.pair is None:
+            raise FunnelError(f"predict: {args.run} was trained on pairs ({', '.join(classifier.columns)}); give --pair, too")
         _print(classifier, args.texts, args.pair)
         return
-    lines = _standard_input()
+    lines = _standard_input(takes_pairs)
     if sys.stdin.isatty():
         print("a text a line; Ctrl-D ends", file=sys.stderr)
     while chunk := list(itertools.islice(lines, 1 if sys.stdin.isatty() else CHUNK)):
-        if len(classifier.columns) < 2:
-            _print(classifier, chunk, None)
-        else:
+        if takes_pairs:
             parts = [line.partition("\t") for line in chunk]
             _print(classifier, [first for first, _, _ in parts], [second for _, _, second in parts])
+        else:
+            _print(classifier, chunk, None)
 
 
-def _standard_input() -> Iterator[str]:
+def _standard_input(pairs: bool) -> Iterator[str]:
     """Its lines.
 
     Raises:
-        FunnelError: one is not UTF-8.
+        FunnelError: one is not UTF-8, or has no tab where it should be a pair.
     """
     try:
-        for line in sys.stdin:
+        for number, line in enumerate(sys.stdin, 1):
             line.encode()  # in some locales Python passes on bytes that it cannot read
+            if pairs and "\t" not in line:
+                raise FunnelError(f"standard input, line {number}: has no tab; the classifier takes pairs")
             yield line.rstrip("\r\n")
     except UnicodeError:
         raise FunnelError("standard input: has a line that is not UTF-8 text; convert it first") from None

@@ -81,6 +81,15 @@ class ExampleFile:
         if not count:
             raise FunnelError(f"{self.path}: empty; it takes {'column names and ' * self.is_named}an example a line")
 
+    def check(self) -> None:
+        """Reads the file once, so that a mistake in it is told now and not when its rows are needed.
+
+        Raises:
+            FunnelError: as `rows`.
+        """
+        for _ in self.rows():
+            pass
+
     def texts_of_rows(self) -> Iterator[str]:
         """All texts, second texts after the first ones of their row."""
         for row in self.rows():
@@ -249,6 +258,8 @@ def read_lines(path: Path) -> Iterator[str]:
             while line := file.readline(LONGEST_LINE + 1):
                 if len(line) > LONGEST_LINE:
                     raise FunnelError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes; is it a text file?")
+                if number == 1 and line.startswith(b"\x1f\x8b"):
+                    raise FunnelError(f"{path}: is packed with gzip; its name must end in .gz")
                 if b"\0" in line:
                     hint = "; is it UTF-16? convert it to UTF-8" if number == 1 else ""
                     raise FunnelError(f"{path}, line {number}: has a NUL byte{hint}")

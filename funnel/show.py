@@ -5,6 +5,7 @@ from pathlib import Path
 
 from funnel import checkpoint, layout
 from funnel.config import FunnelConfig, parse_layout, preset
+from funnel.convert import fetch, read_config
 from funnel.cost import costs, total_flops, total_parameters
 from funnel.errors import FunnelError
 
@@ -34,8 +35,8 @@ def show_layout(args: argparse.Namespace) -> None:
 
 
 def source_config(weights: str) -> FunnelConfig:
-    """The config of a checkpoint folder, or of a released size."""
-    return checkpoint.load_config(weights) if checkpoint.is_folder(Path(weights)) else preset(weights)
+    """The config of a folder in any format, or of a released size."""
+    return read_config(fetch(weights)) if checkpoint.is_folder(Path(weights)) else preset(weights)
 
 
 def with_blocks(config: FunnelConfig, blocks: str | None) -> FunnelConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 from funnel import demo
 from funnel.checkpoint import is_folder
 from funnel.data import Examples, cache_folder
-from funnel.download import Archive, download, unpack
+from funnel.download import Archive, download, locked, unpack
 from funnel.errors import FunnelError, one_line
 from funnel.reading import Column, ExampleFile, check_format, column_names, format_of, read_lines
 
@@ -212,18 +212,25 @@ def _downloaded(task: Task) -> Path:
     folder = cache_folder() / "data" / task.name
     unpacked = folder / "unpacked"
     if not unpacked.exists():
-        paths = [download(archive, folder) for archive in task.archives]
-        for path in paths:
-            if path.suffix in (".zip", ".tgz", ".gz"):
-                unpack(path, unpacked)
-        if task.name == "mrpc":
-            make_mrpc(folder, unpacked)
+        with locked(folder):
+            _fill(task, folder, unpacked)
     found = sorted(unpacked.rglob(first.path.name), key=lambda path: (len(path.parts), path))
     if not found:
         raise FunnelError(f"{unpacked}: the archive of {task.title} has no {first.path}; remove {folder} and start again")
     if (folder / "AX.tsv").is_file() and not (found[0].parent / "AX.tsv").exists():
         shutil.copy(folder / "AX.tsv", found[0].parent)
     return found[0].parent
+
+
+def _fill(task: Task, folder: Path, unpacked: Path) -> None:
+    """Downloads a task's archives into a folder and unpacks them there, unless another process just has."""
+    if unpacked.exists():
+        return
+    for path in [download(archive, folder) for archive in task.archives]:
+        if path.suffix in (".zip", ".tgz", ".gz"):
+            unpack(path, unpacked)
+    if task.name == "mrpc":
+        make_mrpc(folder, unpacked)
 
 
 def make_mrpc(folder: Path, out: Path) -> None:
@@ -263,8 +270,8 @@ def make_mrpc(folder: Path, out: Path) -> None:
 
 def find_task(
     name: str | None = None,
-    data: Path | None = None,
-    dev: Path | None = None,
+    data: str | Path | None = None,
+    dev: str | Path | None = None,
     text: str | None = None,
     pair: str | None = None,
     label: str | None = None,
@@ -282,6 +289,7 @@ def find_task(
     Raises:
         FunnelError: there is no such task, or a file is missing or cannot be used, or arguments do not go together.
     """
+    data, dev = (None if path is None else Path(path) for path in (data, dev))
     if data is not None and name is None and data.is_file():
         check_format("--data", data)
     if data is None or not format_of(data) or is_folder(data):

@@ -1,6 +1,7 @@
 """Checkpoint folders: whole or not at all, and every kind of damage told in one line."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -162,6 +163,16 @@ def test_a_replaced_checkpoint_has_nothing_of_the_old_one(saved):
     checkpoint.save(saved, model.config, model.state_dict(), type(model).__name__)
     assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
     assert json.loads((saved / "config.json").read_text())["architectures"] == ["FunnelForSequenceClassification"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path, umask):
+    former = os.umask(umask)
+    try:
+        FunnelBaseModel(tiny()).save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(former)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o666 & ~umask}
 
 
 def test_saving_loses_no_other_files(tmp_path):

@@ -210,6 +210,17 @@ def test_a_split_has_every_row_once_and_a_share_of_every_class(tokenizer, share)
     assert isinstance(train, Dataset)
 
 
+def test_a_split_of_many_small_classes_takes_its_share_all_the_same(tokenizer):
+    texts = [f"word {i}" for i in range(90)]
+    labels = {str(c): c for c in range(40)}  # 30 classes of 2 and 10 of 3
+    source = Examples(texts, None, [str(i % 30 if i < 60 else 30 + i % 10) for i in range(90)])
+    dataset = encode(source, labels, tokenizer, 16)
+    train, dev = dataset.split(0.2, seed=0)
+    assert len(dev) == 18
+    assert set(train.labels) == set(range(40))
+    assert np.bincount(dev.labels).max() == 1
+
+
 def test_a_split_that_leaves_nothing_is_an_error(tokenizer):
     dataset = encode(Examples(["a", "b"], None, ["0", "1"]), LABELS, tokenizer, 12)
     with pytest.raises(FunnelError, match="leaves train or dev empty"):

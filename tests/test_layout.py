@@ -8,6 +8,7 @@ from conftest import real_batch, tiny
 
 import convert_weights
 from funnel import cost
+from funnel.build import build_classifier
 from funnel.checkpoint import load_weights
 from funnel.config import parse_layout
 from funnel.convert import read_source
@@ -255,6 +256,17 @@ def test_a_plan_with_a_mistake_is_refused_with_its_row(rows, words, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({"layers": rows}))
     with pytest.raises(FunnelError, match=words):
         read_plan(tmp_path / "plan.json", with_layout("1"), with_layout("1,1x2"))
+
+
+def test_what_cannot_be_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    FunnelForSequenceClassification(with_layout("1,1")).save_pretrained(tmp_path / "old")
+    (tmp_path / "old/model.safetensors").unlink()
+    (tmp_path / "plan.json").write_text(json.dumps({"layers": [{"layer": "0.0", "start": "keep", "source": "9.0"}]}))
+    with pytest.raises(FunnelError, match=r"plan.json, row 1: source 9.0 is not in the layout 1,1"):
+        build_classifier(str(tmp_path / "old"), ["a", "b"], "1", plan_file=tmp_path / "plan.json")
+    monkeypatch.setattr(cost, "available_memory", lambda: 2**20)
+    with pytest.raises(FunnelError, match="GiB are free; take fewer layers"):
+        build_classifier(str(tmp_path / "old"), ["a", "b"], "999")
 
 
 def test_a_layout_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch):

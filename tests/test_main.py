@@ -10,6 +10,7 @@ from conftest import ROOT, tiny
 
 from funnel.__main__ import main
 from funnel.config import preset
+from funnel.convert import original
 from funnel.errors import FunnelError
 from funnel.heads import FunnelForSequenceClassification
 
@@ -55,6 +56,24 @@ def test_layout_reads_a_checkpoint_and_a_plan(tmp_path, capsys):
     arguments = ["layout", "--weights", str(tmp_path / "mine"), "--blocks", "1,1", "--layout-plan", str(tmp_path / "plan.json")]
     assert main(arguments) == 0
     assert "layer 0.0 copy of 1.1\nlayer 1.0 random" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["run", "bert", "original"])
+def test_layout_reads_configs_of_every_format_without_weights(kind, tmp_path, capsys):
+    if kind == "run":
+        FunnelForSequenceClassification(tiny(num_decoder_layers=0)).save_pretrained(tmp_path / "best")
+        (tmp_path / "run.json").write_text("{}")
+    elif kind == "bert":
+        values = {"model_type": "bert", "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+                  "intermediate_size": 64}  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(values))
+    else:
+        values = {**dict.fromkeys(original.FIELDS.values(), 8), "block_size": "2_1x2", "dropout": 0.1, "dropatt": 0.1,
+                  "dropact": 0.0, "pooling_type": "mean", "separate_cls": True, "pool_q_only": True}  # fmt: skip
+        (tmp_path / original.CONFIG).write_text(json.dumps(values))
+    assert main(["layout", "--weights", str(tmp_path), "--blocks", "1,1"]) == 0
+    layout = {"run": "1,2,1", "bert": "2,1,1", "original": "2,1x2"}[kind]
+    assert f"({layout})" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_an_error_has_a_traceback_with_debug_only(capsys):

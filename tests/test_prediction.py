@@ -153,7 +153,7 @@ def test_answers_for_the_glue_server(name, checkpoint, tmp_path):
 
 def run(tmp_path, *arguments):
     shared_arguments = ["--weights", "none", "--blocks", "1,1", "--epochs", "2", "--batch-size", "8", "--lr", "1e-3"]
-    return train.main([*arguments, *shared_arguments, "--out", str(tmp_path / "run")])
+    return train.main([*shared_arguments, *arguments, "--out", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize("kind", ["classes", "scores", "pairs"])
@@ -205,11 +205,20 @@ def test_glue_answers_after_training(tmp_path, capsys):
         (["--data", "{}/own.csv", "--predict", "{}/own.txt"], "--predict .*own.txt: it takes a .tsv, .csv or .jsonl file"),
         (["--glue-submission", "x"], "demo is no task of GLUE"),
         (["--data", "{}/own.xlsx"], "it takes a .tsv, .csv or .jsonl file"),
+        (["--data", "{}/own.csv", "--predict", "{}/blank.csv"], "blank.csv, line 3: blank"),
+        (["--data", "{}/own.csv", "--dev", "{}/own.csv", "--dev-share", "0.5"], "--dev is what to evaluate on"),
+        (["--task", "demo", "--dev-share", "0.5"], "--dev-share: demo has texts to evaluate on"),
+        (["--task", "demo", "--text-column", "x"], "--text-column: belongs to a file of your own"),
+        (["--layout-plan", "x.json", "--init", "copy"], "--init: --layout-plan says it of every layer"),
+        (["--data", "{}/packed.csv"], "packed.csv: is packed with gzip"),
+        (["--task", "nonsense", "--lr", "-1"], "--lr -1.0: it takes a number above 0 and below 1000"),
     ],
 )
 def test_mistakes_in_own_data_are_one_line_and_start_nothing(tmp_path, arguments, words, capsys):
     (tmp_path / "own.csv").write_text("text,label\nx,a\ny,b\nz,a\nw,b\n")
     (tmp_path / "dev.csv").write_text("text,label\nx,c\n")
+    (tmp_path / "blank.csv").write_text("text\nx\n\n")
+    (tmp_path / "packed.csv").write_bytes(gzip.compress(b"text,label\nx,a\n"))
     (tmp_path / "own.xlsx").touch()
     assert run(tmp_path, *(argument.format(tmp_path) for argument in arguments)) == 2
     error = capsys.readouterr().err.strip()
@@ -256,6 +265,49 @@ def test_pairs_are_not_lost_in_silence(checkpoint, tmp_path, capsys):
     (tmp_path / "new.jsonl").write_text('{"text": "a film"}\n')
     assert main(["predict", str(checkpoint.parent), "--file", str(tmp_path / "new.jsonl")]) == 2
     assert "no column 'second'; name it with --text-pair-column" in capsys.readouterr().err
+
+
+def test_a_classifier_of_pairs_wants_pairs(checkpoint, capsys, monkeypatch):
+    (checkpoint.parent / "run.json").write_text('{"settings": {"max_length": 128, "columns": ["first", "second"]}}')
+    assert main(["predict", str(checkpoint.parent), "a film"]) == 2
+    assert "was trained on pairs (first, second); give --pair, too" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO("a film\tbad\ngood\n"))
+    assert main(["predict", str(checkpoint.parent)]) == 2
+    assert "standard input, line 2: has no tab" in capsys.readouterr().err
+
+
+def test_texts_may_stand_behind_options(checkpoint, capsys):
+    assert main(["predict", str(checkpoint), "a film", "good"]) == 0
+    out = capsys.readouterr().out
+    assert main(["predict", str(checkpoint), "--dtype", "fp32", "a film", "good"]) == 0
+    assert capsys.readouterr().out == out
+    with pytest.raises(SystemExit):
+        main(["predict", str(checkpoint), "--dtype", "fp32", "a film", "--god"])
+
+
+def test_texts_that_are_cut_are_told(checkpoint, tmp_path, capsys):
+    (checkpoint.parent / "run.json").write_text('{"settings": {"max_length": 6, "columns": ["text"]}}')
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps({"text": "good " * n}) + "\n" for n in (4, 5, 1, 6)))
+    assert main(["predict", str(checkpoint.parent), "--file", str(tmp_path / "new.jsonl")]) == 0
+    assert "warning: 2 texts have more than 6 tokens" in capsys.readouterr().err
+    for command in ("predict", "explain"):
+        assert main([command, str(checkpoint.parent), "good " * 5]) == 0
+        assert "warning: 1 text has more than 6 tokens" in capsys.readouterr().err
+        assert main([command, str(checkpoint.parent), "good"]) == 0
+        assert "warning" not in capsys.readouterr().err
+
+
+def test_letters_that_the_locale_lacks_stop_nothing(checkpoint, monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, "ascii"))
+    assert main(["predict", str(checkpoint), "un café"]) == 0
+    assert out.getvalue().decode("ascii").endswith("un caf\\xe9\n")
+
+
+def test_a_run_without_a_best_checkpoint_says_so(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    assert main(["predict", str(tmp_path), "x"]) == 2
+    assert "the run has no best checkpoint yet" in capsys.readouterr().err
 
 
 def test_bytes_on_standard_input_that_are_no_text_are_an_error(checkpoint, capsys, monkeypatch):

@@ -3,8 +3,10 @@
 import csv
 import io
 import tarfile
+import threading
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import shared
@@ -274,3 +276,25 @@ def test_every_task_has_a_checksum_and_settings_of_the_paper():
              "yelp5": (128, 3), "amazon2": (128, 3), "amazon5": (128, 3)}  # fmt: skip
     assert {name: (TASKS[name].batch_size, TASKS[name].epochs) for name in paper} == paper
     assert {name for name in paper if TASKS[name].max_length == 512} == {"imdb", "yelp2", "yelp5", "amazon2", "amazon5"}
+
+
+def test_two_processes_that_want_the_same_archive_wait_for_each_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNNEL_CACHE", str(tmp_path / "cache"))
+    asked, started = [], threading.Event()
+
+    def slow(archive: Archive, folder):
+        asked.append(archive.address)
+        started.set()
+        threading.Event().wait(0.3)
+        with zipfile.ZipFile(folder / archive.name, "w") as file:
+            for member, content in LAYOUTS["rte"][0].items():
+                file.writestr(f"RTE/{member}", content)
+        return folder / archive.name
+
+    monkeypatch.setattr(tasks, "download", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(locate, TASKS["rte"], None)
+        started.wait(60)
+        check(pool.submit(locate, TASKS["rte"], None).result(), LAYOUTS["rte"])
+        check(first.result(), LAYOUTS["rte"])
+    assert len(asked) == 1

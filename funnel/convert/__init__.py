@@ -1,14 +1,16 @@
 """Other people's checkpoints: one file a format, each with its table of names.
 
-A format's module has `recognises(folder)` and `read(folder) -> Source`; huggingface.py also has `write`. `read_source`
-finds out which format a folder is in, and `fetch` brings a folder from the hub.
+A format's module has `recognises(folder)`, `read_config(folder)` and `read(folder) -> Source`; huggingface.py also has
+`write`. `read_config` and `read_source` find out which format a folder is in, and `fetch` brings a folder from the hub.
 """
 
 import fnmatch
 import re
 from pathlib import Path
+from types import ModuleType
 
 from funnel import checkpoint
+from funnel.config import FunnelConfig
 from funnel.convert import bert, huggingface, original
 from funnel.convert.source import Source, model_state, require_exactly
 from funnel.errors import FunnelError
@@ -26,14 +28,14 @@ def fetch(source: str) -> Path:
     """The folder that a name stands for: itself, if it is one, else the hub's repository, downloaded and cached.
 
     Args:
-        source: a folder, or a hub id such as "funnel-transformer/small".
+        source: a folder (of a run: its best checkpoint's), or a hub id such as "funnel-transformer/small".
 
     Raises:
         FunnelError: it is neither, or the hub has no such repository or cannot be reached.
     """
     try:
         if Path(source).exists():
-            return checkpoint.existing(source)
+            return checkpoint.of_run(checkpoint.existing(source))
     except OSError as error:  # a name too long for the file system
         raise FunnelError(f"{source[:80]!r}: no folder can have this name ({error.strerror})") from None
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source, re.ASCII):
@@ -74,9 +76,27 @@ def read_source(folder: str | Path) -> Source:
             )
         require_exactly(saved.weights, model_state(saved.architecture, saved.config), folder)
         return Source("funnel", folder, saved.config, saved.weights, saved.architecture)
+    source: Source = _format_of(folder).read(folder)
+    return source
+
+
+def read_config(folder: str | Path) -> FunnelConfig:
+    """The config of a folder in any format, without its weights.
+
+    Raises:
+        FunnelError: no format's files are there, or the config is damaged.
+    """
+    folder = checkpoint.existing(folder)
+    if checkpoint.is_checkpoint(folder):
+        return checkpoint.load_config(folder)
+    config: FunnelConfig = _format_of(folder).read_config(folder)
+    return config
+
+
+def _format_of(folder: Path) -> ModuleType:
     for format_module in FORMATS:
         if format_module.recognises(folder):
-            return format_module.read(folder)
+            return format_module
     raise FunnelError(
         f"{folder}: no checkpoint that we know; it takes config.json with model_type funnel or bert beside "
         "model.safetensors or pytorch_model.bin (transformers), or net_config.pytorch.json beside model.pt (original)"

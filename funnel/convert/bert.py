@@ -68,7 +68,7 @@ def read(folder: Path) -> Source:
         FunnelError: a file is missing or damaged, the weights do not fit the config, or the config asks for something
             that a Funnel has no place for (relative or no positions, a decoder).
     """
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder)
     flat = config.replace(block_sizes=(sum(config.block_sizes),))  # one block: BERT as it is
     weights = {  # in float32: the fit below needs more than half precision
         _plain(name): tensor.float() for name, tensor in checkpoint.read_weights(first_file(folder, WEIGHTS)).items()
@@ -110,8 +110,13 @@ def read(folder: Path) -> Source:
     return Source("BERT", folder, config, blocks, "FunnelBaseModel", left_out, made)
 
 
-def _read_config(path: Path) -> FunnelConfig:
-    """BERT's config.json as an encoder's config."""
+def read_config(folder: Path) -> FunnelConfig:
+    """BERT's config.json as an encoder's config.
+
+    Raises:
+        FunnelError: it is missing or damaged, or asks for something that a Funnel has no place for.
+    """
+    path = folder / CONFIG
     values = read_json(path)
     for name, only in (("position_embedding_type", "absolute"), ("is_decoder", False)):
         if values.get(name, only) != only:

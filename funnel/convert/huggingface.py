@@ -78,9 +78,7 @@ def read(folder: Path) -> Source:
     Raises:
         FunnelError: a file is missing or damaged, or the weights do not fit the config.
     """
-    values = read_json(folder / CONFIG)
-    given = {name: value for name, value in values.items() if value is not None}  # null stands for the default
-    config = FunnelConfig.from_dict(given, str(folder / CONFIG))
+    config, values = read_config(folder), read_json(folder / CONFIG)
     weights = checkpoint.read_weights(first_file(folder, WEIGHTS))
     left_out = {}
     ours: dict[str, Tensor] = {}
@@ -96,6 +94,17 @@ def read(folder: Path) -> Source:
         config = config.replace(num_decoder_layers=0)
     require_exactly(ours, model_state(architecture, config), folder)
     return Source("transformers", folder, config, ours, architecture, left_out)
+
+
+def read_config(folder: Path) -> FunnelConfig:
+    """The config, without the weights.
+
+    Raises:
+        FunnelError: it is missing or damaged.
+    """
+    values = read_json(folder / CONFIG)
+    given = {name: value for name, value in values.items() if value is not None}  # null stands for the default
+    return FunnelConfig.from_dict(given, str(folder / CONFIG))
 
 
 def _architecture(values: dict[str, Any], weights: dict[str, Tensor], config: FunnelConfig) -> str:

@@ -82,6 +82,34 @@ def read(folder: Path) -> Source:
     Raises:
         FunnelError: a file is missing or damaged, or the two do not fit together.
     """
+    config = read_config(folder)
+    weights = checkpoint.read_weights(folder / WEIGHTS)
+    ours: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        renamed = rename(name, TABLE, config.block_sizes) or name
+        for ending, transform in TRANSFORMS.items():
+            if re.search(ending + "$", renamed):
+                try:
+                    tensor = transform(tensor)
+                except (IndexError, RuntimeError):
+                    raise FunnelError(
+                        f"{folder / WEIGHTS}: weight {name} has the impossible shape {list(tensor.shape)}"
+                    ) from None
+        ours[renamed] = tensor.contiguous()
+    outputs = ours.get("classifier.linear_out.bias")
+    if outputs is not None:
+        config = config.replace(id2label={i: f"LABEL_{i}" for i in range(outputs.numel())})
+    architecture = "FunnelBaseModel" if outputs is None else "FunnelForSequenceClassification"
+    require_exactly(ours, model_state(architecture, config), folder)
+    return Source("original", folder, config, ours, architecture)
+
+
+def read_config(folder: Path) -> FunnelConfig:
+    """net_config.pytorch.json as our config; it says nothing of labels.
+
+    Raises:
+        FunnelError: it is missing, damaged, or of a network that is no Funnel of ours.
+    """
     path = folder / CONFIG
     values = read_json(path)
     if missing := [theirs for theirs in [*FIELDS.values(), "block_size"] if theirs not in values]:
@@ -93,30 +121,12 @@ def read(folder: Path) -> Source:
         sizes, repeats = parse_layout(str(values["block_size"]))
     except FunnelError:
         raise FunnelError(f"{path}: block_size {values['block_size']!r} is no layout such as 4_4_4 or 6_3x2_3x2") from None
-    weights = checkpoint.read_weights(folder / WEIGHTS)
-    ours: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        renamed = rename(name, TABLE, sizes) or name
-        for ending, transform in TRANSFORMS.items():
-            if re.search(ending + "$", renamed):
-                try:
-                    tensor = transform(tensor)
-                except (IndexError, RuntimeError):
-                    raise FunnelError(
-                        f"{folder / WEIGHTS}: weight {name} has the impossible shape {list(tensor.shape)}"
-                    ) from None
-        ours[renamed] = tensor.contiguous()
-    outputs = ours.get("classifier.linear_out.bias")
-    config = FunnelConfig.from_dict(
+    return FunnelConfig.from_dict(
         {
             **{our: values[their] for our, their in FIELDS.items()},
             "block_sizes": sizes,
             "block_repeats": repeats,
             "num_decoder_layers": 0,
-            "id2label": {i: f"LABEL_{i}" for i in range(2 if outputs is None else outputs.numel())},
         },
         str(path),
     )
-    architecture = "FunnelBaseModel" if outputs is None else "FunnelForSequenceClassification"
-    require_exactly(ours, model_state(architecture, config), folder)
-    return Source("original", folder, config, ours, architecture)
