@@ -12,6 +12,8 @@ import os
 import re
 import shlex
 import statistics
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +24,7 @@ from funnel import checkpoint, mistakes
 from funnel.config import FunnelConfig, parse_layout, read_json
 from funnel.cost import Cost, costs, total_flops, total_parameters
 from funnel.errors import FunnelError, one_line
+from funnel.tasks import OWN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,6 +58,12 @@ class Record:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def task(self) -> str:
+        """The task, or the file of a user's own."""
+        name = str(self.settings["task"])
+        return Path(str(self.settings.get("data"))).name if name == OWN else name
 
     @property
     def dev(self) -> list[dict[str, Any]]:
@@ -181,14 +190,17 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
-HEADS = ("layout", "new layers", "lr", "epochs", "seeds", "at the end", "best", "minutes", "MFLOPs", "parameters", "GiB")
+HEADS = ("task", "layout", "new layers", "lr", "epochs", "seeds", "at the end", "best", "minutes", "MFLOPs", "parameters",
+         "GiB", "runs")  # fmt: skip
 
 
 def grouped(records: Sequence[Record]) -> list[list[Record]]:
-    """Runs that differ in nothing but the seed, together."""
+    """Runs that differ in nothing but the seed, together; a run with a seed that is there already is no further seed."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         key = json.dumps({k: v for k, v in record.settings.items() if k not in SAME}, sort_keys=True)
+        while any(other.settings["seed"] == record.settings["seed"] for other in groups.get(key, [])):
+            key += " again"
         groups.setdefault(key, []).append(record)
     return list(groups.values())
 
@@ -199,9 +211,12 @@ def row(group: list[Record]) -> tuple[str, ...]:
     name = first.metrics[0]
     ends = [_number(record.dev[-1].get(name)) * 100 for record in group]
     gib = statistics.mean(r.memory for r in group) / 1024
+    plan = first.settings.get("layout_plan")
+    names = [record.name for record in group]
     return (
+        first.task,
         str(first.settings["blocks"]),
-        str(first.settings["init"]),
+        Path(plan).name if plan else str(first.settings["init"]),
         f"{first.settings['lr']:g}",
         f"{first.settings['epochs']:g}" + ("" if all(r.is_done for r in group) else " (not all done)"),
         str(len(group)),
@@ -211,6 +226,7 @@ def row(group: list[Record]) -> tuple[str, ...]:
         f"{first.flops / 1e6:.3g} ({first.flops_share:.2f})",
         f"{first.parameters:,}",
         f"{gib:.1f}" if math.isfinite(gib) else "?",
+        ", ".join(names[:3]) + (", …" if len(names) > 3 else ""),
     )
 
 
@@ -301,12 +317,19 @@ def _points(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[float], li
 
 
 def comparison(groups: Sequence[list[Record]]) -> list[str]:
-    """What runs reach against what they cost: minutes, and FLOPs."""
-    name = groups[0][0].metrics[0]
+    """What runs reach against what they cost, minutes and FLOPs: two drawings for each task with several groups."""
+    tasks = Counter(group[0].task for group in groups)
+    return [drawing for task, count in tasks.items() if count > 1 for drawing in _comparison(groups, task)]
+
+
+def _comparison(groups: Sequence[list[Record]], task: str) -> list[str]:
+    name = next(group[0].metrics[0] for group in groups if group[0].task == task)
 
     def against(cost: Callable[[Record], float], label: str) -> str:
         def draw(axis: "Axes") -> None:
             for number, group in enumerate(groups):
+                if group[0].task != task:
+                    continue
                 ends = [100 * _number(record.dev[-1].get(name)) for record in group]
                 if not all(map(math.isfinite, ends)):
                     continue
@@ -314,10 +337,10 @@ def comparison(groups: Sequence[list[Record]]) -> list[str]:
                 error = statistics.stdev(ends) if len(ends) > 1 else None
                 axis.errorbar([x], [y], error, fmt="o", color=COLORS[number % len(COLORS)], capsize=3)
                 axis.annotate(str(number + 1), (x, y), textcoords="offset points", xytext=(6, 4))
-            axis.set(xlabel=label, ylabel=f"{name} on dev, %")
+            axis.set(xlabel=label, ylabel=f"{task}: {name} on dev, %")
             axis.margins(0.15)
 
-        return figure(draw, f"{name} against {label}")
+        return figure(draw, f"{task}: {name} against {label}")
 
     return [against(lambda r: r.seconds / 60, "minutes of training"), against(lambda r: r.flops / 1e6, "MFLOPs a text")]
 
@@ -352,14 +375,14 @@ def page(records: Sequence[Record]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     groups = grouped(records)
-    tasks = ", ".join(dict.fromkeys(str(record.settings["task"]) for record in records))
+    tasks = ", ".join(dict.fromkeys(record.task for record in records))
     try:
         return environment.get_template("report.html").render(
             title=f"{tasks}: {records[0].name if len(records) == 1 else f'{len(records)} runs'}",
             records=records,
             heads=HEADS,
             rows=[row(group) for group in groups],
-            comparison=comparison(groups) if len(groups) > 1 else [],
+            comparison=comparison(groups),
             summary=summary,
             curves=curves,
             scores=scores,
@@ -382,11 +405,19 @@ def _without_paths(command: str) -> str:
 def report_command(paths: Sequence[Path], out: Path | None) -> None:
     """`python -m funnel report`: writes the page and prints the table.
 
+    Of several runs those that cannot be read (because they were not evaluated yet, say) are left out, which is told.
+
     Raises:
-        FunnelError: a run cannot be read, or the page cannot be written.
+        FunnelError: no run can be read, or the page cannot be written.
     """
-    folders = find_runs(paths)
-    records = [read(folder) for folder in folders]
+    folders, records = find_runs(paths), []
+    for folder in folders:
+        try:
+            records.append(read(folder))
+        except FunnelError as error:
+            if folder == folders[-1] and not records:
+                raise
+            print(f"report: left out: {error}", file=sys.stderr)
     out = out or (folders[0] if len(folders) == 1 else Path(os.path.commonpath([f.parent for f in folders]))) / "report.html"
     text = page(records)
     part = out.with_name(f".{out.name}.part")

@@ -49,9 +49,10 @@ def plan(
     for text in inits.split(",") if inits else ():
         if text not in INITS:
             raise FunnelError(f"--init {text!r}: there are {', '.join(INITS)}")
+    distinct: dict[float, str] = {}  # 2e-4 and 0.0002 are one run
     for text in rates.split(",") if rates else ():
         try:
-            float(text)
+            distinct.setdefault(float(text), text)
         except ValueError:
             raise FunnelError(f"--lr {text!r}: is no number; give them as in 1e-5,2e-5") from None
     for flag in ("--seed", "--resume", "--out", "--lr", "--blocks"):
@@ -62,7 +63,7 @@ def plan(
         for flag, values in (
             ("--blocks", blocks),
             ("--init", inits.split(",") if inits else None),
-            ("--lr", rates.split(",") if rates else None),
+            ("--lr", list(distinct.values())),
         )
     ]
     planned = []

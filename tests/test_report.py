@@ -37,16 +37,17 @@ def runs(tmp_path_factory):
 
 def test_table_has_mean_and_spread_over_seeds(runs, capsys):
     assert main(["report", str(runs)]) == 0
-    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 1,1")]
-    assert [line[0] for line in lines] == ["| 1,1", "| 1,1,1"]
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| train.tsv")]
+    assert [line[1] for line in lines] == ["1,1", "1,1,1"]
+    assert [line[-1] for line in lines] == ["a, b |", "c |"]
     ends = []
     for name in "ab":
         log = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
         ends.append(100 * [line for line in log if line["split"] == "dev"][-1]["accuracy"])
-    assert lines[0][5] == f"accuracy {statistics.mean(ends):.1f} ± {statistics.stdev(ends):.1f}"
+    assert lines[0][6] == f"accuracy {statistics.mean(ends):.1f} ± {statistics.stdev(ends):.1f}"
     config = checkpoint.load_config(runs / "a/best")
     length = report.read(runs / "a").length
-    assert lines[0][8].startswith(f"{total_flops(config, length, 8) / 1e6:.3g} ")
+    assert lines[0][9].startswith(f"{total_flops(config, length, 8) / 1e6:.3g} ")
     assert (runs / "report.html").is_file()
 
 
@@ -91,6 +92,33 @@ def test_a_damaged_run_is_an_error(damage, words, runs, tmp_path, capsys):
     assert words in error
     assert error.count("\n") == 1
     assert not (tmp_path / "a/report.html").exists()
+
+
+def test_one_bad_run_does_not_keep_others_from_the_report(runs, tmp_path, capsys):
+    for name in "abc":
+        shutil.copytree(runs / name, tmp_path / name)
+    for name in "ac":
+        (tmp_path / name / "metrics.jsonl").write_text("")
+    assert main(["report", str(tmp_path)]) == 0
+    found = capsys.readouterr()
+    assert found.err.count("left out") == 2
+    assert found.out.count("| train.tsv |") == 1
+    (tmp_path / "b/metrics.jsonl").write_text("")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no evaluation yet" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_same_seed_twice_is_not_two_seeds_and_tasks_are_drawn_apart(runs, tmp_path):
+    for name, source, task in (("a", "a", "rte"), ("same", "a", "rte"), ("b", "b", "rte"), ("other", "a", "qnli")):
+        shutil.copytree(runs / source, tmp_path / name)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        record["settings"]["task"] = task
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    groups = report.grouped([report.read(tmp_path / name) for name in ("a", "same", "b", "other")])
+    assert [[record.name for record in group] for group in groups] == [["a", "b"], ["same"], ["other"]]
+    drawings = report.comparison(groups)
+    assert len(drawings) == 2
+    assert all("rte: accuracy" in drawing and "qnli" not in drawing for drawing in drawings)
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path):

@@ -31,6 +31,7 @@ def test_every_combination_once_seed_after_seed(tmp_path):
     assert runs[0].folder.name == "2-2_identity_1e-5_seed0"
     assert runs[0].arguments == ["--blocks", "2,2", "--init", "identity", "--lr", "1e-5", "--seed", "0", "--epochs", "1"]
     assert [run.folder.name[-1] for run in runs] == ["0"] * 8 + ["1"] * 8
+    assert len(sweep.plan(tmp_path, None, None, "2e-4,0.0002,1e-4", 1, [])) == 2
     assert sweep.plan(tmp_path, None, None, None, 1, []) == [(tmp_path / "seed0", ["--seed", "0"])]
 
 
@@ -56,7 +57,7 @@ def test_done_runs_are_skipped_and_others_get_a_folder_of_their_own(folder, capf
     assert main(arguments) == 0
     out = capfd.readouterr().out
     assert "2 runs in s, 0 of them done" in out
-    assert "| 1,1 | identity |" in out
+    assert "| train.tsv | 1,1 | identity |" in out
     before = {path: path.stat().st_mtime_ns for path in (folder / "s").rglob("metrics.jsonl")}
     assert len(before) == 2
     assert main([*arguments, "--seeds", "2"]) == 0
