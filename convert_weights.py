@@ -2,8 +2,8 @@
 
 python convert_weights.py funnel-transformer/small weights/small      # from the hub
 python convert_weights.py DIR weights/mine                            # transformers, original, or BERT, as it finds
-python convert_weights.py runs/mine/best out --to huggingface         # for transformers' from_pretrained
-python convert_weights.py runs/mine/best out --to onnx                # one file for onnxruntime (extra: onnx)
+python convert_weights.py runs/mine out --to huggingface              # for transformers' from_pretrained
+python convert_weights.py runs/mine out --to onnx                     # one file for onnxruntime (extra: onnx)
 """
 
 import argparse
@@ -22,7 +22,7 @@ from funnel.tokenizer import FunnelTokenizer
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a folder with a checkpoint in any known format, or a hub id")
+    parser.add_argument("source", help="a folder with a checkpoint in any known format, a run's folder, or a hub id")
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
     parser.add_argument(
         "--to", choices=("funnel", "huggingface", "onnx"), default="funnel", help="format to write (%(default)s)"

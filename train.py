@@ -327,7 +327,7 @@ def open_run(args: argparse.Namespace, settings: dict[str, Any], plan: list[layo
         run.check(settings)
     else:
         run.start(settings, shlex.join(args.command))
-    layout.write_plan(run.folder / "layout_plan.json", plan)
+        layout.write_plan(run.folder / "layout_plan.json", plan)
     return run.folder
 
 

@@ -33,8 +33,9 @@ RESULTS = ROOT / "benchmarks" / "glue.jsonl"
 
 
 class Result(NamedTuple):
-    """The last evaluation of a run; `blocks` is the layout, or "BERT"."""
+    """The last evaluation of a run; `weights` is the name of the source's folder, `blocks` the layout, or "BERT"."""
 
+    weights: str
     task: str
     blocks: str
     seed: int
@@ -42,12 +43,13 @@ class Result(NamedTuple):
     scores: dict[str, float]
 
 
-def run(task: str, blocks: str, seed: int, epochs: float, args: argparse.Namespace) -> Result:
+def run(weights: str, task: str, blocks: str, seed: int, epochs: float, args: argparse.Namespace) -> Result:
     """One run, of the source model where `blocks` is "BERT"."""
-    return source(task, seed, epochs, args) if blocks == "BERT" else ours(task, blocks, seed, epochs, args)
+    scores = source(task, seed, epochs, args) if blocks == "BERT" else ours(task, blocks, seed, epochs, args)
+    return Result(weights, task, blocks, seed, epochs, scores)
 
 
-def ours(task: str, blocks: str, seed: int, epochs: float, args: argparse.Namespace) -> Result:
+def ours(task: str, blocks: str, seed: int, epochs: float, args: argparse.Namespace) -> dict[str, float]:
     """A run of train.py."""
     folder = args.out / f"{task}_{blocks.replace(',', '-')}_seed{seed}"
     if folder.exists():
@@ -68,22 +70,23 @@ def ours(task: str, blocks: str, seed: int, epochs: float, args: argparse.Namesp
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in lines if line["split"] == "dev" and line["step"] == steps)
     shutil.rmtree(folder)
-    return Result(task, blocks, seed, epochs, {name: last[name] for name in get_task(task).metrics})
+    return {name: last[name] for name in get_task(task).metrics}
 
 
-def source(task: str, seed: int, epochs: float, args: argparse.Namespace) -> Result:
+def source(task: str, seed: int, epochs: float, args: argparse.Namespace) -> dict[str, float]:
     """The source model, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.glue", "--train-source", task, "--seeds", str(seed), "--epochs", str(epochs)]
     command += ["--data", str(args.data), "--source", str(args.source)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment(args), cwd=ROOT)
-    return Result(**json.loads(done.stdout.splitlines()[-1]))
+    scores: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return scores
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), **os.environ}
 
 
-def train_source(name: str, seed: int, epochs: float, args: argparse.Namespace) -> Result:
+def train_source(name: str, seed: int, epochs: float, args: argparse.Namespace) -> dict[str, float]:
     """train.py's loop around transformers' BERT."""
     import transformers
 
@@ -118,8 +121,7 @@ def train_source(name: str, seed: int, epochs: float, args: argparse.Namespace) 
         for index in dev_set.evaluation_batches(64):
             predicted[torch.from_numpy(index)] = logits_of(model, dev_set, index).float()
     answers = (predicted[:, 0] if task.labels is None else predicted.argmax(1)).numpy()
-    scores = {metric: METRICS[metric](answers, dev_set.labels) for metric in task.metrics}
-    return Result(name, "BERT", seed, epochs, scores)
+    return {metric: METRICS[metric](answers, dev_set.labels) for metric in task.metrics}
 
 
 def logits_of(model: Any, dataset: Dataset, index: Any) -> torch.Tensor:
@@ -172,7 +174,7 @@ def main() -> None:
     parser.add_argument("--train-source", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train_source:
-        print(json.dumps(train_source(args.train_source, args.seeds[0], args.epochs, args)._asdict()))
+        print(json.dumps(train_source(args.train_source, args.seeds[0], args.epochs, args)))
         return
     done = [Result(**json.loads(line)) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     if not args.report:
@@ -181,10 +183,10 @@ def main() -> None:
             command = [sys.executable, str(ROOT / "convert_weights.py"), str(args.source), str(args.converted)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         asked = [
-            (task, blocks, seed, args.epochs or get_task(task).epochs)
+            (args.source.name, task, blocks, seed, args.epochs or get_task(task).epochs)
             for seed in args.seeds for task in args.tasks for blocks in ["BERT", *args.blocks]
         ]  # fmt: skip
-        missing = [key for key in asked if key not in {result[:4] for result in done}]
+        missing = [key for key in asked if key not in {result[:5] for result in done}]
         done += run_all(lambda key: run(*key, args), missing, args.jobs, args.results)
     print(table(done))
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.layout_study --data GLUE/SST-2 --weights weights/minilm --epochs 0.25 1 --jobs 2
     python -m benchmarks.layout_study --data GLUE/SST-2 --weights weights/minilm --time 5
-    python -m benchmarks.layout_study --report --epochs 0.25 1 --plot docs/layout_study.png
+    python -m benchmarks.layout_study --weights minilm --report --epochs 0.25 1 --plot docs/layout_study.png
 
 Each run is `train.py` as a user runs it, in a process of its own. What it came to is a line of --results, which is kept with
 the project; runs that have a line there are skipped, and one that broke off is resumed. A layout without new layers is
@@ -41,9 +41,24 @@ TIMES = ROOT / "benchmarks" / "layout_times.json"  # seconds of training a text,
 LAYOUTS = [",".join([str(n)] * blocks) for n, counts in ((2, (3, 4, 5, 6, 7)), (4, (3, 5, 6, 7))) for blocks in counts]
 
 
-class Result(NamedTuple):
-    """What a finished run came to."""
+class Key(NamedTuple):
+    """What makes two runs the same one; `weights` is a hub id, or the name of a folder without its place."""
 
+    task: str
+    weights: str
+    lr: float
+    layout: str
+    init: str
+    seed: int
+    epochs: float
+
+
+class Result(NamedTuple):
+    """What a finished run came to: the fields of its key, and accuracy and FLOPs."""
+
+    task: str
+    weights: str
+    lr: float
     layout: str
     init: str
     seed: int
@@ -51,22 +66,18 @@ class Result(NamedTuple):
     accuracy: float
     flops: float
 
-
-def read(folder: Path, length: int) -> Result:
-    """What a run in a folder came to."""
-    record = read_json(folder / "run.json")["settings"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = next(line for line in lines if line["split"] == "dev" and line["step"] == record["steps"])
-    flops = total_flops(checkpoint.load_config(folder / "last"), length, record["batch_size"])
-    return Result(record["blocks"], record["init"], record["seed"], record["epochs"], last["accuracy"], flops)
+    @property
+    def key(self) -> Key:
+        return Key(*self[:7])
 
 
-def run(layout: str, init: str, seed: int, epochs: float, args: argparse.Namespace) -> Result:
+def run(key: Key, args: argparse.Namespace) -> Result:
     """Starts a run, or goes on with it, and returns what it came to."""
-    folder = args.out / f"{layout.replace(',', '-')}_{init}_seed{seed}_{epochs:g}"
-    command = [sys.executable, str(ROOT / "train.py"), "--task", args.task, "--weights", args.weights, "--blocks", layout]
+    task, weights, lr, layout, init, seed, epochs = key
+    folder = args.out / f"{task}_{weights.replace('/', '-')}_{lr:g}_{layout.replace(',', '-')}_{init}_seed{seed}_{epochs:g}"
+    command = [sys.executable, str(ROOT / "train.py"), "--task", task, "--weights", args.weights, "--blocks", layout]
     command += ["--data", str(args.data)] if args.data else []
-    command += ["--init", init, "--seed", str(seed), "--lr", str(args.lr), "--epochs", str(epochs), "--out", str(folder)]
+    command += ["--init", init, "--seed", str(seed), "--lr", str(lr), "--epochs", str(epochs), "--out", str(folder)]
     if checkpoint.is_checkpoint(folder / "last"):
         command.append("--resume")
     elif folder.exists():  # it broke off before its first checkpoint
@@ -74,9 +85,12 @@ def run(layout: str, init: str, seed: int, epochs: float, args: argparse.Namespa
     print(f"+ {' '.join(command[1:])}\n", end="", flush=True)
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={"OMP_NUM_THREADS": threads, **os.environ})
-    result = read(folder, args.length)
+    settings = read_json(folder / "run.json")["settings"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in lines if line["split"] == "dev" and line["step"] == settings["steps"])
+    flops = total_flops(checkpoint.load_config(folder / "last"), args.length, settings["batch_size"])
     shutil.rmtree(folder)
-    return result
+    return Result(*key, last["accuracy"], flops)
 
 
 def read_results(path: Path) -> list[Result]:
@@ -181,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--weights", default="funnel-transformer/small")
+    parser.add_argument("--weights", default="funnel-transformer/small", help="hub id or folder; for --report its name will do")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
     parser.add_argument("--inits", nargs="+", default=["identity", "copy"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -200,17 +214,20 @@ def main() -> None:
         parse_layout(layout)
 
     done = read_results(args.results)
-    asked = list(itertools.product(args.layouts, args.inits, args.seeds, args.epochs))
+    weights = Path(args.weights).name if Path(args.weights).exists() else args.weights
+    ways = itertools.product(args.layouts, args.inits, args.seeds, args.epochs)
+    asked = [Key(args.task, weights, args.lr, *way) for way in ways]
     times = read_json(TIMES) if TIMES.exists() else {}
     if args.time:
         times.update(time_layouts([name for name in args.layouts if name in {result.layout for result in done}], args))
         write_json(TIMES, times)
     elif not args.report:
         source = read_source(fetch(args.weights)).config
-        missing = [key for key in asked if key not in {result[:4] for result in done} and not is_same(source, *key[:2])]
-        missing.sort(key=lambda key: key[2:])  # a whole study with the first seed, then with the next
-        done += run_all(lambda key: run(*key, args), missing, args.jobs, args.results)
-    shown = sorted((r for r in done if r[:4] in asked), key=lambda r: (r.layout[0], len(r.layout), r.init == "copy", r.seed))
+        there = {result.key for result in done}
+        missing = [key for key in asked if key not in there and not is_same(source, key.layout, key.init)]
+        missing.sort(key=lambda key: (key.seed, key.epochs))  # a whole study with the first seed, then with the next
+        done += run_all(lambda key: run(key, args), missing, args.jobs, args.results)
+    shown = sorted((r for r in done if r.key in asked), key=lambda r: (r.layout[0], len(r.layout), r.init == "copy", r.seed))
     print(f"\n{len(shown)} runs are done\n\n{table(shown, times, args.texts)}")
     if args.plot and shown:
         draw([r for r in shown if r.epochs == args.epochs[0]], times, args.texts, args.plot)
