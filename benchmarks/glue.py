@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["cola", "rte", "stsb"])
     parser.add_argument("--data", type=Path, help="folder with a folder a task, as CoLA and SST-2")
     parser.add_argument("--source", type=Path, help="folder of a BERT as transformers saves it")
-    parser.add_argument("--blocks", nargs="+", default=["2,2,2"])
+    parser.add_argument("--models", nargs="+", default=["BERT", "2,2,2"], help="layouts, and BERT for the source itself")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, help="(default: the task's)")
     parser.add_argument("--out", type=Path, default=Path("runs/glue"), help="folder of the runs (default: %(default)s)")
@@ -184,7 +184,7 @@ def main() -> None:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         asked = [
             (args.source.name, task, blocks, seed, args.epochs or get_task(task).epochs)
-            for seed in args.seeds for task in args.tasks for blocks in ["BERT", *args.blocks]
+            for seed in args.seeds for task in args.tasks for blocks in args.models
         ]  # fmt: skip
         missing = [key for key in asked if key not in {result[:5] for result in done}]
         done += run_all(lambda key: run(*key, args), missing, args.jobs, args.results)

@@ -2,8 +2,8 @@
 
 A BERT layer is a Funnel layer without relative positions: the query's bias is r_w_bias, the rest carries over as it is.
 BERT adds position and token-type embeddings to its input; a Funnel has none. What every text has of them is folded into
-the word embeddings: position 0 into [CLS], which stands nowhere else, the mean of the other positions into every other
-word, and token type 0 into all.
+the word embeddings: position 0 into [CLS], which stands nowhere else, the mean of the positions behind it (of the first
+`NEAR`, where most texts are) into every other word, and token type 0 into all.
 
 What the positions did to BERT's attention is measured and given to the relative positions, so that word order counts
 from the first step (`fit_positions`). The parameters of token types start at zero.
@@ -46,6 +46,7 @@ TABLE = {
     "encoder.layer.{}.output.LayerNorm.weight": "layer.{}.ffn.layer_norm.weight",
     "encoder.layer.{}.output.LayerNorm.bias": "layer.{}.ffn.layer_norm.bias",
 }
+NEAR = 32  # tokens of a text whose positions are folded and fitted: BERT's first positions differ most, and matter most
 FOLDED = ("embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight")
 LEFT_OUT = {
     "pooler.": "BERT's pooler: a Funnel classifier reads [cls] itself",
@@ -156,7 +157,7 @@ def _plain(name: str) -> str:
 
 def fold(words: Tensor, positions: Tensor, token_types: Tensor, cls_id: int) -> Tensor:
     """Word embeddings with what every text has of position and token-type embeddings. [vocab_size, d_model]."""
-    folded = words + positions[1:].mean(0) + token_types[0]
+    folded = words + positions[1:NEAR].mean(0) + token_types[0]
     folded[cls_id] = words[cls_id] + positions[0] + token_types[0]
     return folded
 
@@ -168,8 +169,8 @@ def fit_positions(
     """Fits r_kernel and r_r_bias of every layer to what position embeddings did to the source's attention scores.
 
     Random words run through the layers twice: with BERT's position embeddings, and without them but with the relative
-    positions fitted so far. In each layer the difference of the two attention scores, its mean over texts and over all
-    pairs at the same distance, is the target of a least-squares fit on the sines and cosines of that distance. A head's
+    positions fitted so far. In each layer the difference of the two attention scores, against that to [cls] (which has no relative
+    position here), its mean over texts and over all pairs at the same distance, is the target of a least-squares fit on the sines and cosines of that distance. A head's
     position score is (q + r_r_bias) . r_kernel R: r_kernel is given the direction in which the head's queries vary
     least, and r_r_bias lies in that direction, large beside that variation, so that the score is nearly the same for all
     queries.
@@ -183,7 +184,7 @@ def fit_positions(
         FunnelError: the source's hidden states overflow.
     """
     config = model.config
-    length, texts, far = min(64, len(positions)), 48, 512
+    length, texts, far = min(NEAR, len(positions)), 96, 512
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (texts, length), generator=generator)
     ids[:, 0] = cls_id
@@ -204,8 +205,8 @@ def fit_positions(
         attention = layer.attention
         absolute = _content_scores(attention, theirs)
         theirs = layer(theirs, theirs, inputs)  # before the fit, this is BERT's own layer
-        difference = (absolute - _content_scores(attention, ours)).mean(0)[:, 1:, 1:]  # without [cls]: [h, q, k]
-        difference = difference - difference.mean(2, keepdim=True)  # what all keys have in common changes no weight
+        difference = (absolute - _content_scores(attention, ours)).mean(0)[:, 1:]  # [h, q, k], without [cls] as a query
+        difference = difference[:, :, 1:] - difference[:, :, :1]  # what all keys have in common changes no weight
         by_distance = torch.stack([difference.diagonal(-d, 1, 2).mean(1) for d in range(2 - length, length - 1)], dim=1)
         at = distances.clamp(-(length // 2), length // 2) + length - 2  # beyond, too few pairs to tell: as at the edge
         target = by_distance[:, at] * math.sqrt(config.d_head)  # [h, t]
