@@ -94,4 +94,4 @@ def build_classifier(
     fresh = load_weights(model, layout.apply_plan(old_weights, plan, model.state_dict()), weights)
     added = sum(row.start != "keep" for row in plan)
     origin += f" (blocks {start.layout}; {len(plan) - added} layers kept, {added} new: {plan_file or init})"
-    return Built(model, tokenizer, plan, origin + (", new classifier" if fresh else ""))
+    return Built(model.eval(), tokenizer, plan, origin + (", new classifier" if fresh else ""))

@@ -293,7 +293,7 @@ def test_fitted_positions_bring_a_funnel_near_its_source(minilm):
                 weights[name.replace("#", "0")] = torch.zeros_like(tensor) if zero else tensor
             flat.load_state_dict(weights)
             similarity[kind] = torch.cosine_similarity(flat(ids), expected, dim=-1).mean().item()
-    assert 1 - similarity["fitted"] < 0.7 * (1 - similarity["zero"]), similarity
+    assert 1 - similarity["fitted"] < 0.4 * (1 - similarity["zero"]), similarity
 
 
 def test_a_bert_with_relative_positions_is_refused(tmp_path):

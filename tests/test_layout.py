@@ -269,6 +269,10 @@ def test_what_cannot_be_is_refused_before_weights_are_read(tmp_path, monkeypatch
         build_classifier(str(tmp_path / "old"), ["a", "b"], "999")
 
 
+def test_a_built_model_is_in_evaluation_mode():
+    assert not build_classifier("none", ["a", "b"], "1,1", texts=["a b"]).model.training
+
+
 def test_a_layout_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch):
     monkeypatch.setattr(cost, "available_memory", lambda: 2**20)
     with pytest.raises(FunnelError, match=r"blocks 999, width 16: [\d,]+ parameters need .* GiB, and 0.0 GiB are free"):

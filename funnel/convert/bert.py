@@ -169,11 +169,11 @@ def fit_positions(
     """Fits r_kernel and r_r_bias of every layer to what position embeddings did to the source's attention scores.
 
     Random words run through the layers twice: with BERT's position embeddings, and without them but with the relative
-    positions fitted so far. In each layer the difference of the two attention scores, against that to [cls] (which has no relative
-    position here), its mean over texts and over all pairs at the same distance, is the target of a least-squares fit on the sines and cosines of that distance. A head's
-    position score is (q + r_r_bias) . r_kernel R: r_kernel is given the direction in which the head's queries vary
-    least, and r_r_bias lies in that direction, large beside that variation, so that the score is nearly the same for all
-    queries.
+    positions fitted so far. In each layer the target of a least-squares fit, on the sines and cosines of the distance, is
+    the difference of the two attention scores: against that to [cls], which has no relative position here, and its mean
+    over texts and over all pairs at the same distance. A head's position score is (q + r_r_bias) . r_kernel R: r_kernel
+    is given the direction in which the head's queries vary least, and r_r_bias lies in that direction, large beside that
+    variation, so that the score is nearly the same for all queries.
 
     Args:
         model: one block, with the folded word embeddings; its r_kernel and r_r_bias are overwritten.
