@@ -394,7 +394,7 @@ def main(arguments: list[str] | None = None) -> int:
         with Processes.start(args.device) as processes:
             train(args, processes)
 
-    return exit_status("train.py", run, "--resume with --out FOLDER goes on from the run's last checkpoint", args.debug)
+    return exit_status("train.py", run, "a run that has begun goes on with --resume --out FOLDER", args.debug)
 
 
 if __name__ == "__main__":
