@@ -224,7 +224,7 @@ def row(group: list[Record]) -> tuple[str, ...]:
         spread([_number(record.best.get(name)) * 100 for record in group]),
         f"{statistics.mean(r.seconds for r in group) / 60:.1f}",
         f"{first.flops / 1e6:.3g} ({first.flops_share:.2f})",
-        f"{first.parameters:,}",
+        f"{first.parameters / 1e6:.3g} M",
         f"{gib:.1f}" if math.isfinite(gib) else "?",
         ", ".join(names[:3]) + (", …" if len(names) > 3 else ""),
     )
