@@ -6,7 +6,6 @@ python convert_weights.py runs/mine out --to huggingface              # for tran
 python convert_weights.py runs/mine out --to onnx                     # one file for onnxruntime (extra: onnx)
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,14 +13,14 @@ from funnel import checkpoint
 from funnel.checkpoint import Checkpoint
 from funnel.config import write_json
 from funnel.convert import fetch, huggingface, read_source
-from funnel.errors import FunnelError, exit_status
+from funnel.errors import ArgumentParser, FunnelError, exit_status
 from funnel.export import export_onnx, export_torch
 from funnel.heads import MODELS
 from funnel.tokenizer import FunnelTokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("source", help="a folder with a checkpoint in any known format, a run's folder, or a hub id")
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
     parser.add_argument(

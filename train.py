@@ -28,7 +28,7 @@ from funnel.checkpoint import load_weights
 from funnel.config import INITS, KEEPS, parse_layout
 from funnel.data import Batch, encode
 from funnel.dropout import share_of_batch
-from funnel.errors import FunnelError, Stopped, exit_status
+from funnel.errors import ArgumentParser, FunnelError, Stopped, exit_status
 from funnel.heads import FunnelForSequenceClassification
 from funnel.prediction import Classifier, tell_cut, texts_of, write_predictions, write_submission
 from funnel.processes import Processes, Signals, end
@@ -39,7 +39,7 @@ PATIENCE = 5  # steps in a row that may be skipped because a number is not finit
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     what = parser.add_argument_group("what to train")
     what.add_argument("--task", help=f"one of {', '.join(TASKS)} (default: demo, or your own where --data is a file)")
     what.add_argument("--data", type=Path, help="folder with the task's files as its authors publish them (default: they are "

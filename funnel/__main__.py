@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from funnel.config import INITS, KEEPS
-from funnel.errors import exit_status
+from funnel.errors import ArgumentParser, exit_status
 
 Subparsers = argparse._SubParsersAction
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="funnel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="funnel", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (add_layout, add_predict, add_report, add_explain, add_sweep):
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 # Each command's module is imported when it runs, not before: `--help` and mistakes in the arguments need none of them.
 
 
-def add_layout(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+def add_layout(commands: "Subparsers[ArgumentParser]") -> None:
     parser = commands.add_parser("layout", help="what a layout costs, and where each of its layers comes from")
     parser.add_argument("--blocks", help="layers in each block, as in 2,2,2,2 or 6,3x2,3x2 (default: as in the weights)")
     parser.add_argument("--weights", default="small", help="a checkpoint folder of ours, or the name of a released size, as in "
@@ -58,11 +58,11 @@ def add_layout(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser.set_defaults(work=work)
 
 
-def add_predict(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+def add_predict(commands: "Subparsers[ArgumentParser]") -> None:
     parser = commands.add_parser("predict", help="labels with probabilities, of texts, of standard input, or of a file")
     _add_classifier(parser)
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="(default: standard input, a text a line; of a pair the "
-                        "second one behind a tab)")  # fmt: skip
+    parser.add_argument("texts", nargs="*", default=[], metavar="TEXT", help="(default: standard input, a text a line; of a "
+                        "pair the second one behind a tab)")  # fmt: skip
     parser.add_argument("--pair", action="append", metavar="TEXT", help="the second text of a pair; once for each TEXT")
     parser.add_argument("--file", type=Path, help=".tsv, .csv or .jsonl file of texts, each also with .gz")
     parser.add_argument("--out", type=Path, help="file for the predictions of --file, in any of those formats (default: "
@@ -78,7 +78,7 @@ def add_predict(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser.set_defaults(work=work)
 
 
-def add_report(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+def add_report(commands: "Subparsers[ArgumentParser]") -> None:
     parser = commands.add_parser(
         "report", help="one page on one or several runs, and a Markdown table (needs the extra report)"
     )
@@ -93,7 +93,7 @@ def add_report(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser.set_defaults(work=work)
 
 
-def add_explain(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+def add_explain(commands: "Subparsers[ArgumentParser]") -> None:
     parser = commands.add_parser("explain", help="what each block keeps of a text, and how much of it reaches [cls]")
     _add_classifier(parser)
     parser.add_argument("text", metavar="TEXT")
@@ -110,7 +110,7 @@ def add_explain(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser.set_defaults(work=work)
 
 
-def add_sweep(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+def add_sweep(commands: "Subparsers[ArgumentParser]") -> None:
     parser = commands.add_parser(
         "sweep",
         help="train.py for every combination of layouts, learning rates and seeds, then the report",
@@ -132,7 +132,7 @@ def add_sweep(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser.set_defaults(work=work)
 
 
-def _add_classifier(parser: argparse.ArgumentParser) -> None:
+def _add_classifier(parser: ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or of a checkpoint")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="(default: the fastest that is there)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="(default: bf16 where the device computes in it)")

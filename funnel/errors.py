@@ -1,10 +1,12 @@
 """What ends a command: a mistake in what was given, a signal; and with which exit status."""
 
+import argparse
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 LONGEST = 1000  # letters of a message
 
@@ -30,6 +32,16 @@ class Stopped(Exception):
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(message)
         self.number = number
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with the docstring of the command as it is, and a mistake told in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; --help lists what it takes\n")
 
 
 def one_line(error: BaseException) -> str:

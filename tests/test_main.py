@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, tiny
 
+import convert_weights
+import train
 from funnel.__main__ import main
 from funnel.config import preset
 from funnel.convert import original
@@ -96,10 +98,23 @@ def test_standard_output_that_is_full_or_closed_is_no_traceback():
     assert (closed.stdout, closed.stderr) == ("141\n", "")
 
 
-def test_arguments_that_no_command_knows_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        main(["layout", "--colour"])
-    assert "--colour" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("program", "arguments", "words"),
+    [
+        (main, ("layout", "--colour"), "--colour"),
+        (main, ("predict",), "required: RUN;"),
+        (main, (), "required: COMMAND"),
+        (train.main, ("--epochs", "many"), "--epochs: invalid float value: 'many'"),
+        (convert_weights.main, ("here",), "required: out"),
+    ],
+)
+def test_arguments_that_no_command_knows_are_told_in_one_line(program, arguments, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        program(list(arguments))
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
