@@ -2,19 +2,37 @@
 
     python -m benchmarks.conversion --data GLUE --source MINILM
 
-Prints a Markdown table: |ours - theirs| / |theirs|, both without their mean over texts, since what all texts have in common
-tells none apart. "6" is the whole BERT without pooling: what lacks there is due to its positions alone.
+Prints two Markdown tables. The first has |ours - theirs| / |theirs|, both without their mean over texts, since what all texts
+have in common tells none apart. The second tells whether word order means the same: two neighbouring tokens of every text
+are swapped, and the change of [cls] is compared with BERT's: the mean cosine, and the ratio of their mean lengths. "6" is the
+whole BERT without pooling: what lacks there is due to its positions alone.
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from funnel.build import build_classifier
 from funnel.convert import read_config
-from funnel.data import encode
+from funnel.data import Batch, encode
+from funnel.heads import FunnelForSequenceClassification
 from funnel.tasks import get_task, locate
+
+
+def swapped(batch: Batch, generator: torch.Generator) -> Batch:
+    """The batch with two neighbouring tokens of the first text of each row swapped, where it has two that differ."""
+    ids = batch.input_ids.clone()
+    firsts = (batch.token_type_ids == 0) & batch.attention_mask.bool()  # behind [cls]; the last one is [sep]
+    for row, sep in enumerate(firsts.sum(1).tolist()):
+        differ = (ids[row, 1 : sep - 1] != ids[row, 2:sep]).nonzero()[:, 0] + 1
+        if len(differ):
+            i = int(differ[torch.randint(len(differ), (1,), generator=generator)])
+            ids[row, i], ids[row, i + 1] = batch.input_ids[row, i + 1], batch.input_ids[row, i]
+    return batch._replace(input_ids=ids)
 
 
 @torch.no_grad()
@@ -29,29 +47,47 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=256, help="of each task's dev set (default: %(default)s)")
     args = parser.parse_args()
     bert = transformers.BertModel.from_pretrained(args.source, add_pooling_layer=False).eval()
-    batches, expected, tokens = [], [], []
+
+    def of_bert(part: Batch) -> Tensor:
+        types = part.token_type_ids * (part.token_type_ids == 1)  # BERT has no type of its own for [cls]
+        states: Tensor = bert(part.input_ids, part.attention_mask, types).last_hidden_state
+        return states[:, 0]
+
+    def of_ours(model: FunnelForSequenceClassification, part: Batch) -> Tensor:
+        states, _ = model.encode(part.input_ids, part.attention_mask, part.token_type_ids)
+        return states[-1][:, 0]
+
+    def both(parts: list[Batch], cls_of: Callable[[Batch], Tensor]) -> tuple[Tensor, Tensor]:
+        """[cls] of the texts, and its change where tokens are swapped. [texts, d] each."""
+        generator = torch.Generator().manual_seed(0)
+        plain = torch.cat([cls_of(part) for part in parts])
+        return plain, torch.cat([cls_of(swapped(part, generator)) for part in parts]) - plain
+
+    batches, expected, heads = [], [], []
     tokenizer = build_classifier(str(args.source), ["no", "yes"], "1").tokenizer
     for name in args.tasks:
         task = locate(get_task(name), args.data)
         dataset = encode(task.files["dev"], task.label_ids, tokenizer, task.max_length)
         parts = [dataset.batch(index) for index in torch.arange(min(args.texts, len(dataset))).split(32)]
         batches.append(parts)
-        tokens.append(float(dataset.lengths[: args.texts].mean()))
-        types = [part.token_type_ids * (part.token_type_ids == 1) for part in parts]  # BERT has no type of its own for [cls]
-        outputs = [bert(p.input_ids, p.attention_mask, t).last_hidden_state[:, 0] for p, t in zip(parts, types, strict=True)]
-        expected.append(torch.cat(outputs))
-    heads = [f"{name} ({mean:.0f} tokens)" for name, mean in zip(args.tasks, tokens, strict=True)]
+        expected.append(both(parts, of_bert))
+        heads.append(f"{name} ({dataset.lengths[: args.texts].mean():.0f} tokens)")
     print(f"{read_config(args.source).layout} is what conversion makes of it\n")
-    print(f"| layout | {' | '.join(heads)} |\n|---{'|---' * len(heads)}|")
+    head = f"| layout | {' | '.join(heads)} |\n|---{'|---' * len(heads)}|"
+    print(head)
+    orders = [head]
     for blocks in args.layouts:
         model = build_classifier(str(args.source), ["no", "yes"], blocks).model
-        cells = []
-        for parts, theirs in zip(batches, expected, strict=True):
-            states = [model.encode(p.input_ids, p.attention_mask, p.token_type_ids)[0][-1][:, 0] for p in parts]
-            ours = torch.cat(states)
-            theirs = theirs - theirs.mean(0)
-            cells.append(f"{float((ours - ours.mean(0) - theirs).norm() / theirs.norm()):.2f}")
-        print(f"| {blocks} | {' | '.join(cells)} |", flush=True)
+        near, order = [], []
+        for parts, (theirs, their_change) in zip(batches, expected, strict=True):
+            ours, change = both(parts, partial(of_ours, model))
+            theirs, moved = theirs - theirs.mean(0), their_change.norm(dim=1) > 0
+            near.append(f"{float((ours - ours.mean(0) - theirs).norm() / theirs.norm()):.2f}")
+            cosine = torch.cosine_similarity(change[moved], their_change[moved], dim=1).mean()
+            order.append(f"{float(cosine):.2f}, {float(change.norm(dim=1).mean() / their_change.norm(dim=1).mean()):.2f}")
+        print(f"| {blocks} | {' | '.join(near)} |", flush=True)
+        orders.append(f"| {blocks} | {' | '.join(order)} |")
+    print("", *orders, sep="\n")
 
 
 if __name__ == "__main__":
