@@ -77,14 +77,15 @@ def test_the_forward_keeps_nothing_on_modules():
 
 
 @pytest.mark.parametrize(
-    ("changes", "most"),
+    ("name", "changes", "most"),
     [
-        ({}, 1),
-        ({"pooling_type": "max"}, 1),
-        ({"separate_cls": False, "truncate_seq": False}, 2),  # one for even lengths, one for odd: a partner is made up
+        ("FunnelForSequenceClassification", {}, 1),
+        ("FunnelForMaskedLM", {"pooling_type": "max"}, 1),
+        # One for even lengths, one for odd: a partner is made up.
+        ("FunnelForSequenceClassification", {"separate_cls": False, "truncate_seq": False}, 2),
+        ("FunnelForMaskedLM", {"separate_cls": False, "truncate_seq": False}, 2),
     ],
 )
-@pytest.mark.parametrize("name", ["FunnelForSequenceClassification", "FunnelForMaskedLM"])
 def test_the_forward_compiles_to_one_graph_for_all_lengths(name, changes, most):
     """With fullgraph=True a break is an error. Tracing alone (backend eager): the kernels are PyTorch's business."""
     torch.manual_seed(0)

@@ -76,8 +76,7 @@ def without_clock(lines):
     return [{k: v for k, v in line.items() if k not in ("examples_per_second", "memory_mib")} for line in lines]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("at", ["step 8", "evaluation at step 10"])
+@pytest.mark.parametrize(("dtype", "at"), [("bf16", "step 8"), ("fp32", "evaluation at step 10")])
 def test_a_stopped_run_goes_on_bit_for_bit(dtype, at, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     arguments = [*QUICK, "--dtype", dtype, "--save-every", "3"]

@@ -17,9 +17,9 @@ from funnel.heads import FunnelForSequenceClassification
 from funnel.tokenizer import FunnelTokenizer
 
 TEXTS = [f"{'not ' * (i % 3)}a {'good' if i % 4 else 'bad'} film {'indeed ' * (i % 7)}" for i in range(100)]
-# 400 steps of 10 texts, an evaluation every 24, a checkpoint every 10.
-COMMON = ("--data", "train.tsv", "--dev", "dev.tsv", "--weights", "weights", "--batch-size", "10", "--epochs", "40",
-          "--lr", "1e-3", "--eval-every", "24", "--save-every", "10", "--keep-checkpoints", "2")  # fmt: skip
+# 200 steps of 10 texts, an evaluation every 24, a checkpoint every 5.
+COMMON = ("--data", "train.tsv", "--dev", "dev.tsv", "--weights", "weights", "--batch-size", "10", "--epochs", "20",
+          "--lr", "1e-3", "--eval-every", "24", "--save-every", "5", "--keep-checkpoints", "2")  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -233,7 +233,7 @@ def test_two_damaged_checkpoints_are_an_error_and_stay_as_they_are(task, start, 
 
 @pytest.mark.parametrize(
     "change",
-    [("--lr", "2e-3"), ("--seed", "1"), ("--blocks", "1,2,1,1"), ("--batch-size", "5"), ("--epochs", "41"),
+    [("--lr", "2e-3"), ("--seed", "1"), ("--blocks", "1,2,1,1"), ("--batch-size", "5"), ("--epochs", "21"),
      ("--eval-every", "25"), ("--label-column", "of three")],
 )  # fmt: skip
 def test_another_configuration_does_not_go_on(change, start, finish, halfway):
