@@ -58,7 +58,7 @@ def _run(folder, arguments, most_bytes):
 def start(task):
     """Starts train.py in a process of its own that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["train", "torch._dynamo"])  # the optimizer imports the latter, which takes seconds
 
     def function(*arguments, most_bytes=0):
         process = context.Process(target=_run, args=(task, arguments, most_bytes))
