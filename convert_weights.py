@@ -20,6 +20,7 @@ from funnel.tokenizer import FunnelTokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Converts as the command does, with its arguments (default: the command line's). Gives the exit status."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("source", help="a folder with a checkpoint in any known format, a run's folder, or a hub id")
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")

@@ -388,6 +388,7 @@ def describe(scores: dict[str, float]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Trains as the command does, with its arguments (default: the command line's). Gives the exit status."""
     args = parse_arguments(arguments)
 
     def run() -> None:

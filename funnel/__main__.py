@@ -19,6 +19,7 @@ Subparsers = argparse._SubParsersAction
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs one of the commands with its arguments (default: the command line's). Gives the exit status."""
     parser = ArgumentParser(prog="funnel", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
