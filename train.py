@@ -28,7 +28,7 @@ from funnel.checkpoint import load_weights
 from funnel.config import INITS, KEEPS, parse_layout
 from funnel.data import Batch, encode
 from funnel.dropout import share_of_batch
-from funnel.errors import ArgumentParser, FunnelError, Stopped, exit_status
+from funnel.errors import ArgumentParser, FunnelError, Stopped, exit_status, listed
 from funnel.heads import FunnelForSequenceClassification
 from funnel.prediction import Classifier, tell_cut, texts_of, write_predictions, write_submission
 from funnel.processes import Processes, Signals, end
@@ -109,7 +109,11 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
             args.task, args.data, args.dev, args.text_column, args.text_pair_column, args.label_column, args.problem
         )
         complete(args, task)
-        to_predict = args.predict and texts_of(args.predict, task.columns, args.text_column, args.text_pair_column)
+        to_predict = args.predict and (  # the columns that are named are those of a file of one's own
+            texts_of(args.predict, task.columns, flag="--predict")
+            if task.name == OWN
+            else texts_of(args.predict, task.columns, args.text_column, args.text_pair_column)
+        )
         for file in [*([to_predict] if to_predict else []), *(task.tests.values() if args.glue_submission else [])]:
             file.check()  # before training, not after it
         training.set_seed(args.seed)
@@ -126,7 +130,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
         )
         model, tokenizer, plan, origin = built
         sets = {name: encode(file, task.label_ids, tokenizer, args.max_length) for name, file in task.files.items()}
-        cuts = {name: dataset.cut for name, dataset in sets.items() if dataset.cut.texts}
+        cuts = {name if len(sets) > 1 else "train and dev": part.cut for name, part in sets.items() if part.cut.texts}
         contents = {name: dataset.digest for name, dataset in sets.items()}
         train_set = sets.pop("train")
         if not sets:
@@ -174,8 +178,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     parameters = sum(p.numel() for p in model.parameters())
     warnings = [f"--max-length {args.max_length}: {name}: {lost}" for name, lost in cuts.items()]
     if task.labels is not None and len(absent := np.setdiff1d(train_set.labels, sets["dev"].labels)):
-        names = ", ".join(config.id2label[i] for i in absent)[:200]
-        warnings.append(f"{len(absent)} classes have no text in dev: {names}")
+        warnings.append(f"{len(absent)} classes have no text in dev: {listed(config.id2label[i] for i in absent)}")
     evaluated = ", ".join(f"{len(dataset):,} in {split}" for split, dataset in sets.items())
     resumed = "no checkpoint yet: begins at step 0" if found is None else f"resumed at step {state.step:,}"
     where = f"{device.type}" + (f" in {processes.size} processes" if processes.size > 1 else "")
@@ -368,6 +371,9 @@ def complete(args: argparse.Namespace, task: Task) -> None:
         if column is not None and not is_own and args.predict is None:
             raise FunnelError(f"{flag}: belongs to a file of your own; name it with --data FILE, or --predict FILE")
     if args.glue_submission is not None:
+        there = next(path for path in (args.glue_submission, *args.glue_submission.absolute().parents) if os.path.exists(path))
+        if not os.path.isdir(there) or not os.access(there, os.W_OK):
+            raise FunnelError(f"--glue-submission {args.glue_submission}: {there} is no folder that can be written")
         for file in task.tests.values():
             if not file.path.exists():
                 raise FunnelError(f"--glue-submission: {file.path} is missing; the server wants answers to it")

@@ -105,6 +105,7 @@ def add_explain(commands: "Subparsers[ArgumentParser]") -> None:
         from funnel.prediction import Classifier, tell_cut
 
         classifier = Classifier.load(args.run, args.device, args.dtype)
+        classifier.check_pairs(args.pair is not None)
         print(explain.describe(explain.explain(classifier, args.text, args.pair)))
         tell_cut(classifier)
 

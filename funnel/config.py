@@ -213,7 +213,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes a JSON object, a line a field; the whole file or none."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # What of a file's name is no UTF-8 becomes JSON's own escape for it.
+    part.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
     part.replace(path)
 
 

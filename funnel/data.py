@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from funnel.config import read_json, write_json
-from funnel.errors import FunnelError, one_line
+from funnel.errors import FunnelError, listed, one_line
 from funnel.reading import ExampleFile, Row
 from funnel.tokenizer import Encoding, FunnelTokenizer
 
@@ -319,20 +319,28 @@ def _open(folder: Path, pad_id: int, digest: str) -> Dataset:
     return Dataset(ids, rows, Cut(*about["cut"]), pad_id, digest)
 
 
+def to_score(written: str) -> float | None:
+    """The number that a label is; None if it is none, or is not finite in float32."""
+    if "_" in written or not written.isascii():  # Python would take "2020_01", other programs do not
+        return None
+    try:
+        score = float(written)
+    except ValueError:
+        return None
+    return score if abs(score) <= float(np.finfo(np.float32).max) else None
+
+
 def _label(row: Row, labels: Mapping[str, int] | None, source: ExampleFile | Examples) -> float:
     """A row's label id or score."""
     if labels is None:
         if row.label is None:
             return math.nan
-        try:
-            score = float(row.label)
-        except ValueError:
-            score = math.nan
-        if not math.isfinite(score):
-            raise source.error(row.line, f"label {row.label!r} is no number")
+        score = to_score(row.label)
+        if score is None:
+            raise source.error(row.line, f"label {row.label!r} is no number that float32 holds")
         return score
     if row.label is None:
         return -1
     if row.label not in labels:
-        raise source.error(row.line, f"label {row.label!r} is none of {', '.join(labels)[:200]}")
+        raise source.error(row.line, f"label {row.label!r} is none of {listed(labels)}")
     return labels[row.label]

@@ -5,7 +5,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 LONGEST = 1000  # letters of a message
@@ -50,6 +51,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
+def listed(names: Iterable[str], most: int = 200) -> str:
+    """Names with commas between them; of many the first ones, and how many there are in all."""
+    names = list(names)
+    text = ", ".join(names)
+    return text if len(text) <= most else f"{text[:most].rpartition(', ')[0] or text[:most]}, … ({len(names):,} in all)"
+
+
 def exit_status(program: str, run: Callable[[], object], stopped: str, debug: bool = False) -> int:
     """Runs a command and returns its exit status.
 
@@ -64,7 +72,9 @@ def exit_status(program: str, run: Callable[[], object], stopped: str, debug: bo
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale without a text's letters does not stop the command
     try:
-        run()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"{program}: warning: {one_line(message)}", file=sys.stderr)
+            run()
         sys.stdout.flush()
     except (FunnelError, OSError) as error:
         if isinstance(error, BrokenPipeError):

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from funnel import checkpoint, training
 from funnel.config import read_json
 from funnel.data import Dataset
-from funnel.errors import FunnelError, one_line
+from funnel.errors import FunnelError, listed, one_line
 from funnel.heads import FunnelForSequenceClassification
-from funnel.reading import Column, ExampleFile, check_format, column_names, format_of
+from funnel.reading import Column, ExampleFile, check_format, column_names, decode_lines, format_of
 from funnel.tasks import Task
 from funnel.tokenizer import FunnelTokenizer
 
@@ -123,6 +123,19 @@ class Classifier:
         self.cut += dataset.cut.texts
         return training.predict(self.model, dataset, self.device, self.dtype)
 
+    def check_pairs(self, are_pairs: bool) -> None:
+        """Stops where it was trained on pairs and is to read single texts, or the other way round, if that is known.
+
+        Raises:
+            FunnelError: it does not take these.
+        """
+        if self.columns and are_pairs != (len(self.columns) == 2):
+            trained, way_out = ("single texts", "leave") if are_pairs else ("pairs", "give")
+            raise FunnelError(
+                f"the classifier was trained on {trained} ({', '.join(self.columns)}); {way_out} second texts"
+                + (" out" if are_pairs else ", too (--pair TEXT)")
+            )
+
     def prediction(self, logits: Tensor) -> Prediction:
         """What one text's logits, [outputs], mean."""
         config = self.model.config
@@ -148,14 +161,14 @@ class Classifier:
 
 
 def texts_of(
-    path: Path, columns: Sequence[Column], text: str | None = None, pair: str | None = None, flag: str = "--predict"
+    path: Path, columns: Sequence[Column], text: str | None = None, pair: str | None = None, flag: str = "--file"
 ) -> ExampleFile:
     """A file of texts to predict for.
 
     Args:
         columns: of the texts that the classifier was trained on; where the file does not have them, "text" or "sentence".
         text, pair: columns instead of these.
-        flag: what the file was given with.
+        flag: what the file was given with; of --predict the names of columns may be taken, by the file to train on.
 
     Raises:
         FunnelError: the file is not there, its name says no format, or a column is missing.
@@ -167,7 +180,9 @@ def texts_of(
     second = pair or (known[1] if len(known) > 1 else None)
     for column, option in ((first, "--text-column"), (second, "--text-pair-column")):
         if column is not None and column not in names:
-            raise FunnelError(f"{path}: no column {column!r}; name it with {option}; there are {', '.join(names)[:200]}")
+            later = "rename one, or predict after training with python -m funnel predict, which has"
+            way_out = later if flag == "--predict" else "name it with"
+            raise FunnelError(f"{path}: no column {column!r}; {way_out} {option}; there are {listed(names)}")
     return ExampleFile(path, (first,) if second is None else (first, second))
 
 
@@ -182,11 +197,13 @@ def write_predictions(predictions: Iterator[Prediction], path: Path) -> int:
     kind = format_of(path)
     if not kind:
         raise FunnelError(f"{path}: predictions go to a .csv, .tsv or .jsonl file")
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{path.name}.part")
     count = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with cast(TextIO, (gzip.open if path.suffix == ".gz" else open)(part, "wt", encoding="utf-8", newline="")) as file:
+        with cast(
+            TextIO, (gzip.open if path.suffix.lower() == ".gz" else open)(part, "wt", encoding="utf-8", newline="")
+        ) as file:
             put = _json_writer(file) if kind == "jsonl" else _table_writer(file, kind)
             for count, prediction in enumerate(predictions, 1):
                 put(count - 1, prediction)
@@ -227,26 +244,33 @@ def _table_writer(file: TextIO, kind: str) -> Callable[[int, Prediction], None]:
 
 
 def write_submission(classifier: Classifier, task: Task, folder: Path) -> list[Path]:
-    """Writes a task's answers for its unlabelled files as the GLUE server takes them, and returns the files.
+    """Writes a task's answers for its unlabelled files as the GLUE server takes them, all or none, and returns the files.
 
     Raises:
         FunnelError: a file of texts is missing or has a mistake, or the answers cannot be written.
     """
     written = None if task.labels is None else dict(zip(task.labels.values(), task.labels, strict=True))
-    paths = []
+    contents = {}
     for name, source in task.tests.items():
         answers = ["index\tprediction"]
         for number, prediction in enumerate(classifier.of_file(source)):
             score = prediction.label if written is None else written[str(prediction.label)]
             answer = f"{min(max(float(score), 0), 5):.3f}" if written is None else score  # STS-B's go from 0 to 5
             answers.append(f"{number}\t{answer}")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.tsv").write_text("\n".join(answers) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise FunnelError(f"--glue-submission {folder}: cannot be written ({one_line(error)})") from None
-        paths.append(folder / f"{name}.tsv")
-    return paths
+        contents[folder / f"{name}.tsv"] = "\n".join(answers) + "\n"
+    parts = {path: path.with_name(f".{path.name}.part") for path in contents}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in contents.items():
+            parts[path].write_text(content, encoding="utf-8")
+        for path, part in parts.items():
+            part.replace(path)
+    except OSError as error:
+        for part in parts.values():
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        raise FunnelError(f"--glue-submission {folder}: cannot be written ({one_line(error)})") from None
+    return list(contents)
 
 
 def predict_command(args: argparse.Namespace) -> None:
@@ -283,7 +307,8 @@ def tell_cut(classifier: Classifier) -> None:
 
 def _predict(classifier: Classifier, args: argparse.Namespace) -> None:
     if args.file is not None:
-        source = texts_of(args.file, classifier.columns, args.text_column, args.text_pair_column, "--file")
+        source = texts_of(args.file, classifier.columns, args.text_column, args.text_pair_column)
+        classifier.check_pairs(len(source.texts) == 2)
         out = args.out or args.run / f"predictions-{args.file.name}"
         if out.exists() and out.samefile(args.file):
             raise FunnelError(f"--out {out}: is the file of texts itself; name another one")
@@ -291,8 +316,7 @@ def _predict(classifier: Classifier, args: argparse.Namespace) -> None:
         return
     takes_pairs = len(classifier.columns) == 2
     if args.texts:
-        if takes_pairs and args.pair is None:
-            raise FunnelError(f"predict: {args.run} was trained on pairs ({', '.join(classifier.columns)}); give --pair, too")
+        classifier.check_pairs(args.pair is not None)
         _print(classifier, args.texts, args.pair)
         return
     lines = _standard_input(takes_pairs)
@@ -310,16 +334,13 @@ def _standard_input(pairs: bool) -> Iterator[str]:
     """Its lines.
 
     Raises:
-        FunnelError: one is not UTF-8, or has no tab where it should be a pair.
+        FunnelError: one is not text, or has no tab, or several, where it should be a pair.
     """
-    try:
-        for number, line in enumerate(sys.stdin, 1):
-            line.encode()  # in some locales Python passes on bytes that it cannot read
-            if pairs and "\t" not in line:
-                raise FunnelError(f"standard input, line {number}: has no tab; the classifier takes pairs")
-            yield line.rstrip("\r\n")
-    except UnicodeError:
-        raise FunnelError("standard input: has a line that is not UTF-8 text; convert it first") from None
+    for number, line in enumerate(decode_lines(sys.stdin.buffer, "standard input"), 1):
+        if pairs and (tabs := line.count("\t")) != 1:
+            raise FunnelError(f"standard input, line {number}: has {tabs or 'no'} tab{'s' * (tabs > 1)}; of a pair the second "
+                              "text stands behind one tab")  # fmt: skip
+        yield line.rstrip("\r\n")
 
 
 def _print(classifier: Classifier, texts: list[str], pairs: list[str] | None) -> None:

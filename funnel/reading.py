@@ -5,13 +5,14 @@ Nothing is skipped. What a reader may meet, and what it does:
 - a byte-order mark at the start and CRLF line ends are taken off; an empty text is an example like every other;
 - csv has quoting as the standard (RFC 4180) says, line ends inside of quotes among it; tsv has none, as GLUE writes it, so
   that a lone quote in a sentence swallows no lines;
-- all else (bytes that are not UTF-8, NUL, too many or too few fields, a column that is missing or there twice, blank lines, a
-  file that changes while it is read) is an error with file and line.
+- all else (bytes that are not UTF-8, NUL, too many or too few fields, a column that is missing or, if it is read, there twice,
+  blank lines, a file that changes while it is read) is an error with file and line.
 """
 
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import zlib
@@ -20,10 +21,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from funnel.errors import FunnelError, one_line
+from funnel.errors import FunnelError, listed, one_line
 
 FORMATS = ("tsv", "csv", "jsonl")
 LONGEST_LINE = 2**26  # bytes: a file without line ends, or a .gz that unpacks to one, does not fill the memory
+CR_ALONE = "lines end with CR alone, as of old; convert the file to LF line ends"
 Column = str | int
 
 
@@ -141,7 +143,7 @@ class ExampleFile:
         for number, fields in records:
             if not at and self.is_named:
                 if "\r" in "".join(fields):
-                    raise self.error(number, "lines end with CR alone, as of old; convert the file to LF line ends")
+                    raise self.error(number, CR_ALONE)
                 at, names = self._places(number, fields), fields
                 continue
             if not at:
@@ -156,7 +158,7 @@ class ExampleFile:
     def _places(self, number: int, names: list[str]) -> list[int]:
         for column in self.columns:
             if column not in names:
-                raise self.error(number, f"no column {column!r}; it has {', '.join(names)[:200]}")
+                raise self.error(number, f"no column {column!r}; it has {listed(names)}")
             if names.count(str(column)) > 1:
                 raise self.error(number, f"the column {column!r} is there twice; rename one")
         return [names.index(str(column)) for column in self.columns]
@@ -172,9 +174,13 @@ class ExampleFile:
                 yield end + 1, fields
                 end = reader.line_num
         except csv.Error as error:
+            if "new-line" in str(error):
+                raise self.error(end + 1, "not csv (a CR alone, outside of quotes); convert line ends to LF") from None
             raise self.error(end + 1, f"not csv ({error}); quotes in a text are written twice") from None
 
-    def _object_fields(self, number: int, line: str) -> list[str]:
+    def _object(self, number: int, line: str) -> dict[str, Any]:
+        """The fields of a line of jsonl."""
+
         def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             values = dict(pairs)
             if len(values) < len(pairs):
@@ -182,18 +188,26 @@ class ExampleFile:
                 raise self.error(number, f"the field {twice!r} is there twice")
             return values
 
+        if not line.strip():
+            raise self.error(number, "blank; remove the line")
         try:
-            values = json.loads(line, object_pairs_hook=unique)
+            values = json.loads(line.rstrip("\r\n"), object_pairs_hook=unique)
         except FunnelError:
             raise
+        except json.JSONDecodeError as error:
+            reason = f"{error.msg.removesuffix(' at')} at character {error.colno}"
+            raise self.error(number, f"not a JSON object ({reason})") from None
         except (ValueError, RecursionError) as error:
             raise self.error(number, f"not a JSON object ({one_line(error)})") from None
         if not isinstance(values, dict):
             raise self.error(number, f"a JSON {type(values).__name__}, not an object of named fields")
-        fields = []
+        return values
+
+    def _object_fields(self, number: int, line: str) -> list[str]:
+        values, fields = self._object(number, line), []
         for column in self.columns:
             if column not in values:
-                raise self.error(number, f"no field {column!r}; it has {', '.join(values)[:200]}")
+                raise self.error(number, f"no field {column!r}; it has {listed(values)}")
             value = values[str(column)]
             is_label = column == self.label
             if not isinstance(value, str) and not (is_label and isinstance(value, (bool, int, float))):
@@ -230,7 +244,7 @@ class ExampleFile:
 
 def format_of(path: Path) -> str:
     """What a file is by its name: tsv, csv or jsonl; "" for any other."""
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     return {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl"}.get(suffix, "")
 
 
@@ -240,38 +254,56 @@ def check_format(flag: str, path: Path) -> None:
     Raises:
         FunnelError: it is none of `FORMATS`, or no file.
     """
+    formats = "it takes a .tsv, .csv or .jsonl file, each also with .gz behind"
+    if not os.path.exists(path):  # pathlib's raises an error for a name that is too long
+        raise FunnelError(f"{flag} {path}: no such file" + (f"; {formats}" if not format_of(path) else ""))
     if not format_of(path):
-        raise FunnelError(f"{flag} {path}: it takes a .tsv, .csv or .jsonl file, each also with .gz behind")
-    if not os.path.isfile(path):  # pathlib's raises an error for a name that is too long
-        raise FunnelError(f"{flag} {path}: no such file")
+        raise FunnelError(f"{flag} {path}: {formats}")
+    if not os.path.isfile(path):
+        raise FunnelError(f"{flag} {path}: is no file but a {'folder' if os.path.isdir(path) else 'pipe or device'}")
 
 
 def read_lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 text file, line ends included; a byte-order mark is taken off.
 
     Raises:
-        FunnelError: it cannot be read, or a line is not UTF-8, holds a NUL byte, or is longer than `LONGEST_LINE`.
+        FunnelError: it cannot be read, or as `decode_lines`.
     """
-    number = 1
     try:
-        with cast(BinaryIO, gzip.open(path) if path.name.endswith(".gz") else path.open("rb")) as file:
-            while line := file.readline(LONGEST_LINE + 1):
-                if len(line) > LONGEST_LINE:
-                    raise FunnelError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes; is it a text file?")
-                if number == 1 and line.startswith(b"\x1f\x8b"):
-                    raise FunnelError(f"{path}: is packed with gzip; its name must end in .gz")
-                if b"\0" in line:
-                    hint = "; is it UTF-16? convert it to UTF-8" if number == 1 else ""
-                    raise FunnelError(f"{path}, line {number}: has a NUL byte{hint}")
-                yield (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode("utf-8")
-                number += 1
+        with cast(BinaryIO, gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")) as file:
+            yield from decode_lines(file, path)
     except FileNotFoundError:
         raise FunnelError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        message = f"not UTF-8 text (byte {error.start} of the line)"
-        raise FunnelError(f"{path}, line {number}: {message}; convert the file, if it is Latin-1") from None
-    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
-        raise FunnelError(f"{path}, line {number}: cannot be read ({one_line(error)})") from None
+    except OSError as error:
+        raise FunnelError(f"{path}: cannot be read ({one_line(error)})") from None
+
+
+def decode_lines(file: BinaryIO, name: str | Path) -> Iterator[str]:
+    """The lines of an open file of UTF-8 text, line ends included; a byte-order mark is taken off.
+
+    Raises:
+        FunnelError: a line cannot be read, is not UTF-8, holds a NUL byte, or is longer than `LONGEST_LINE`; the message
+            begins with `name`.
+    """
+    for number in itertools.count(1):
+        try:
+            line = file.readline(LONGEST_LINE + 1)
+        except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
+            raise FunnelError(f"{name}, line {number}: cannot be read ({one_line(error)})") from None
+        if not line:
+            return
+        if len(line) > LONGEST_LINE:
+            raise FunnelError(f"{name}, line {number}: longer than {LONGEST_LINE:,} bytes; is it a text file?")
+        if number == 1 and line.startswith(b"\x1f\x8b"):
+            raise FunnelError(f"{name}: is packed with gzip; its name must end in .gz")
+        if b"\0" in line:
+            hint = "; is it UTF-16? convert it to UTF-8" if number == 1 else ""
+            raise FunnelError(f"{name}, line {number}: has a NUL byte{hint}")
+        try:
+            yield (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode("utf-8")
+        except UnicodeDecodeError as error:
+            message = f"not UTF-8 text (byte {error.start} of the line)"
+            raise FunnelError(f"{name}, line {number}: {message}; convert it, if it is Latin-1") from None
 
 
 def column_names(path: Path) -> list[str]:
@@ -280,21 +312,18 @@ def column_names(path: Path) -> list[str]:
     Raises:
         FunnelError: as `ExampleFile.rows`.
     """
-    first = next(read_lines(path), None)
-    if first is None:
+    file, first = ExampleFile(path), next(read_lines(path), "")
+    if not first:
         raise FunnelError(f"{path}: empty; it takes a line of column names and an example")
+    if "\r" in first.rstrip("\r\n"):
+        raise file.error(1, CR_ALONE)
+    if not first.strip():
+        raise file.error(1, "blank; remove the line")
     if format_of(path) == "jsonl":
-        try:
-            values = json.loads(first)
-        except (ValueError, RecursionError) as error:
-            raise FunnelError(f"{path}, line 1: not a JSON object ({one_line(error)})") from None
-        return list(values) if isinstance(values, dict) else []
+        return list(file._object(1, first))
     if format_of(path) == "tsv":
         return first.rstrip("\r\n").split("\t")
-    try:
-        return next(iter(csv.reader([first])), [])
-    except csv.Error as error:
-        raise FunnelError(f"{path}, line 1: not csv ({error})") from None
+    return next(file._csv(read_lines(path)))[1]
 
 
 def unescape(text: str) -> str:

@@ -142,12 +142,12 @@ class Run:
             raise FunnelError(f"{log}: cannot be written ({one_line(error)})") from None
 
     def log(self, **values: Any) -> None:
-        """Appends a line to metrics.jsonl. A measure without meaning (nan) becomes null there.
+        """Appends a line to metrics.jsonl. A measure that is not finite becomes null there.
 
         Raises:
             FunnelError: it cannot be written.
         """
-        values = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         try:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")

@@ -2,15 +2,15 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from funnel import demo
 from funnel.checkpoint import is_folder
-from funnel.data import Examples, cache_folder
+from funnel.data import Examples, cache_folder, to_score
 from funnel.download import Archive, download, locked, unpack
-from funnel.errors import FunnelError, one_line
+from funnel.errors import FunnelError, listed, one_line
 from funnel.reading import Column, ExampleFile, check_format, column_names, format_of, read_lines
 
 Files = Mapping[str, ExampleFile | Examples]
@@ -161,6 +161,7 @@ _TASKS = (
 TASKS = {task.name: task for task in _TASKS}
 OWN = "own"  # the name of a task that the user's files make
 MOST_CLASSES = 50  # whole numbers as labels are scores if there are more different ones
+FEW_CLASSES = 10  # more of them need two texts each, to be taken for classes
 
 
 def get_task(name: str) -> Task:
@@ -290,7 +291,9 @@ def find_task(
         FunnelError: there is no such task, or a file is missing or cannot be used, or arguments do not go together.
     """
     data, dev = (None if path is None else Path(path) for path in (data, dev))
-    if data is not None and name is None and data.is_file():
+    if data is not None and name is None:
+        if is_folder(data):
+            raise FunnelError(f"--data {data}: is a folder; say with --task which task's files it has")
         check_format("--data", data)
     if data is None or not format_of(data) or is_folder(data):
         for flag, value in {"--dev": dev, "--label-column": label, "--problem": problem}.items():
@@ -326,19 +329,28 @@ def own_task(
     names = column_names(train)
     text = text or next((name for name in ("text", "sentence") if name in names), None)
     if text is None:
-        raise FunnelError(f"{train}: which column is the text? name it with --text-column; there are {', '.join(names)[:200]}")
+        raise FunnelError(f"{train}: which column is the text? name it with --text-column; there are {listed(names)}")
     if label is None and "label" not in names:
-        raise FunnelError(
-            f"{train}: which column is the label? name it with --label-column; there are {', '.join(names)[:200]}"
-        )
+        raise FunnelError(f"{train}: which column is the label? name it with --label-column; there are {listed(names)}")
     file = ExampleFile(train, (text,) if pair is None else (text, pair), label or "label")
-    counts = Counter(row.label for row in file.rows() if row.label is not None)
-    labels, said = classes(counts, problem)
+    for column, count in Counter(file.columns).items():
+        if count > 1:
+            raise FunnelError(f"{train}: the column {column!r} is asked for twice; text, second text and label are one each")
+    counts: Counter[str] = Counter()
+    lines: dict[str, int | str] = {}
+    for row in file.rows():
+        written = row.label or ""
+        if not written.strip():
+            raise file.error(row.line, f"{file.label!r} is empty; give the row its label, or remove it")
+        counts[written] += 1
+        lines.setdefault(written, row.line)
+    labels, said = classes(counts, problem, lambda label, message: file.error(lines[label], message))
     if labels is not None and len(labels) < 2:
         raise FunnelError(f"{train}: every label is {next(iter(labels))!r}; a classifier needs two classes at least")
     texts = sum(counts.values())
-    if labels is not None and len(labels) > max(MOST_CLASSES, texts / 2):
-        raise FunnelError(f"{train}: {len(labels):,} classes for {texts:,} texts; is {file.label!r} the column of labels?")
+    if labels is not None and len(labels) > max(FEW_CLASSES, texts / 2) and problem is None:
+        raise FunnelError(f"{train}: {len(labels):,} classes for {texts:,} texts; is {file.label!r} the column of labels? "
+                          "(--problem classification takes them)")  # fmt: skip
     files: dict[str, ExampleFile | Examples] = {"train": file}
     if dev is not None:
         files["dev"] = replace(file, path=dev)
@@ -346,37 +358,32 @@ def own_task(
     return Task(OWN, train.name, labels, metrics, 32, 3, 2e-5, files=files), said
 
 
-def classes(counts: Mapping[str, int], problem: str | None) -> tuple[dict[str, str] | None, str]:
+def classes(
+    counts: Mapping[str, int], problem: str | None, error: Callable[[str, str], FunnelError]
+) -> tuple[dict[str, str] | None, str]:
     """The labels of the user's own data, as `Task.labels`, and a sentence that says so.
 
     Args:
         counts: how often each label stands in the file.
         problem: as in `own_task`.
+        error: makes an error of a label and what is wrong with it.
 
     Raises:
-        FunnelError: regression was asked for, and a label is no number.
+        FunnelError: a label is no number, and regression was asked for, or most others are scores.
     """
-    numbers = [_number(label) for label in counts]
-    are_numbers = all(number is not None for number in numbers)
-    if problem == "regression" and not are_numbers:
-        odd = next(label for label, number in zip(counts, numbers, strict=True) if number is None)
-        raise FunnelError(f"--problem regression: label {odd!r} is no number")
-    looks_like_scores = are_numbers and (len(counts) > MOST_CLASSES or any(n != round(n) for n in numbers if n is not None))
+    numbers = {label: number for label in counts if (number := to_score(label)) is not None}
+    odd = next((label for label in counts if label not in numbers), None)
+    looks_like_scores = len(numbers) > MOST_CLASSES or any(number != round(number) for number in numbers.values())
+    looks_like_scores &= sum(counts[label] for label in numbers) > sum(counts.values()) / 2
     if problem == "regression" or (problem is None and looks_like_scores):
-        known = [n for n in numbers if n is not None]
-        return (
-            None,
-            f"scores from {min(known):g} to {max(known):g}: regression (--problem classification takes them as classes)",
-        )
-    ordered = sorted(counts, key=lambda label: (_number(label) or 0, label)) if are_numbers else sorted(counts)
-    shown = ", ".join(f"{label} ({counts[label]:,})" for label in ordered[:20]) + (", …" if len(ordered) > 20 else "")
-    also = " (--problem regression takes them as scores)" if are_numbers and problem is None else ""
-    return {label: label for label in ordered}, f"{len(ordered)} classes: {shown}{also}"
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if abs(value) < float("inf") else None
+        if odd is not None:
+            others = "" if problem else ", and most others are scores; --problem classification takes all as classes"
+            raise error(odd, f"label {odd!r} is no number that float32 holds{others}")
+        low, high = min(numbers.values()), max(numbers.values())
+        return None, f"scores from {low:g} to {high:g}: regression (--problem classification takes them as classes)"
+    ordered = sorted(counts, key=lambda label: (numbers[label], label)) if odd is None else sorted(counts)
+    names = [label if label == " ".join(label.split()) else repr(label) for label in ordered[:20]]
+    shown = ", ".join(f"{name} ({counts[label]:,})" for name, label in zip(names, ordered, strict=False))
+    more = ", …" if len(ordered) > 20 else ""
+    also = " (--problem regression takes them as scores)" if odd is None and problem is None else ""
+    return {label: label for label in ordered}, f"{len(ordered)} classes: {shown}{more}{also}"

@@ -205,7 +205,7 @@ class FunnelTokenizer:
             max_length: tokens at most, the special ones counted in.
 
         Raises:
-            FunnelError: `max_length` leaves no room beside the special tokens.
+            FunnelError: `max_length` leaves no room beside the special tokens, or a text cannot be encoded.
         """
         special = 2 if pairs is None else 3
         if not special < max_length < 2**31:
@@ -215,6 +215,9 @@ class FunnelTokenizer:
             inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
             encoded = self.tokenizer.encode_batch(inputs)
         except Exception as error:  # the library's own, as of a vocabulary without the token for unknown words
+            for text in (*texts, *(pairs or ())):
+                if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                    raise FunnelError(f"{text[:40]!a}: a text that is not UTF-8; convert it first") from None
             raise FunnelError(f"{self.source}: cannot encode ({one_line(error)}); take another tokenizer") from None
         finally:
             self.tokenizer.no_truncation()

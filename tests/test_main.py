@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 from conftest import ROOT, tiny
@@ -13,7 +14,7 @@ import train
 from funnel.__main__ import main
 from funnel.config import preset
 from funnel.convert import original
-from funnel.errors import FunnelError
+from funnel.errors import FunnelError, exit_status
 from funnel.heads import FunnelForSequenceClassification
 
 
@@ -140,3 +141,8 @@ def test_the_funnel_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     assert main(["layout", "--blocks", "2,2,2x2", "--plot", str(tmp_path / "funnel.png")]) == 0
     assert (tmp_path / "funnel.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_warning_is_one_line(capsys):
+    assert exit_status("x", lambda: warnings.warn("something\nodd", stacklevel=2), "") == 0
+    assert capsys.readouterr().err == "x: warning: something odd\n"

@@ -4,7 +4,10 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from funnel.errors import FunnelError
 from funnel.heads import FunnelForMaskedLM, FunnelForSequenceClassification
 from funnel.prediction import Classifier, Prediction, write_predictions, write_submission
 from funnel.reading import ExampleFile
-from funnel.tasks import TASKS, locate
+from funnel.tasks import TASKS, get_task, locate
 from funnel.tokenizer import FunnelTokenizer
 
 WORDS = ["good", "bad", "film", "a", "the", "very", "not"]
@@ -114,7 +117,7 @@ def test_a_mistake_in_the_file_leaves_nothing_behind(checkpoint, tmp_path, monke
         write_predictions(
             Classifier.load(checkpoint).of_file(ExampleFile(tmp_path / "in.tsv", ("text",))), tmp_path / "out.tsv"
         )
-    assert not list(tmp_path.glob("out*"))
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
 @pytest.mark.parametrize("name", ["sst2", "stsb", "mnli"])
@@ -193,6 +196,47 @@ def test_glue_answers_after_training(tmp_path, capsys):
     assert "2 predictions in" in capsys.readouterr().out
 
 
+def test_the_file_to_predict_may_call_its_texts_otherwise(tmp_path, capsys):
+    (tmp_path / "own.csv").write_text("review,label\nx,a\ny,b\n" * 10)
+    (tmp_path / "new.csv").write_text("text\nx\n")
+    (tmp_path / "other.csv").write_text("body\nx\n")
+    arguments = ["--data", str(tmp_path / "own.csv"), "--text-column", "review", "--predict"]
+    assert run(tmp_path, *arguments, str(tmp_path / "other.csv")) == 2
+    assert "other.csv: no column 'review'; rename one, or predict after training with" in capsys.readouterr().err
+    assert run(tmp_path, *arguments, str(tmp_path / "new.csv")) == 0
+    assert len((tmp_path / "run/predictions-new.csv").read_text().splitlines()) == 2
+
+
+def test_a_file_name_that_is_not_utf8_is_a_name(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.csv")
+    Path(name).write_text("text,label\nx,a\ny,b\n" * 10)
+    assert run(tmp_path, "--data", name, "--predict", name) == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["settings"]["data"] == name
+    assert len(list((tmp_path / "run").glob("predictions-*.csv"))) == 1
+
+
+def test_answers_that_cannot_be_written_are_told_before_training(tmp_path, capsys):
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\ngood film\t1\nbad\t0\n")
+    for folder in ("test.tsv", "test.tsv/inner"):
+        assert run(tmp_path, "--task", "sst2", "--data", str(tmp_path), "--glue-submission", str(tmp_path / folder)) == 2
+        assert "test.tsv is no folder that can be written" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_answers_are_written_all_or_none(checkpoint, tmp_path):
+    task = get_task("mnli")
+    names = {name: ExampleFile(tmp_path / f"{name}.tsv", ("text",)) for name in ("first", "second")}
+    for file in names.values():
+        file.path.write_text("text\nx\n")
+    labels = {name: name for name in Classifier.load(checkpoint).model.config.id2label.values()}
+    out = tmp_path / "out"
+    (out / ".second.tsv.part").mkdir(parents=True)  # in the way
+    with pytest.raises(FunnelError, match=r"--glue-submission .*cannot be written"):
+        write_submission(Classifier.load(checkpoint), replace(task, labels=labels, tests=names), out)
+    assert [path.name for path in out.iterdir()] == [".second.tsv.part"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -202,7 +246,10 @@ def test_glue_answers_after_training(tmp_path, capsys):
         (["--label-column", "x"], "--label-column: belongs to a file of your own"),
         (["--data", "{}/own.csv", "--dev", "{}/dev.csv"], "dev.csv, line 2: label 'c' is none of a, b"),
         (["--data", "{}/own.csv", "--dev-share", "0.01"], "--dev-share 0.01 of 4 examples leaves"),
-        (["--data", "{}/own.csv", "--predict", "{}/own.txt"], "--predict .*own.txt: it takes a .tsv, .csv or .jsonl file"),
+        (
+            ["--data", "{}/own.csv", "--predict", "{}/own.txt"],
+            "--predict .*own.txt: no such file; it takes a .tsv, .csv or .jsonl file",
+        ),
         (["--glue-submission", "x"], "demo is no task of GLUE"),
         (["--data", "{}/own.xlsx"], "it takes a .tsv, .csv or .jsonl file"),
         (["--data", "{}/own.csv", "--predict", "{}/blank.csv"], "blank.csv, line 3: blank"),
@@ -211,6 +258,7 @@ def test_glue_answers_after_training(tmp_path, capsys):
         (["--task", "demo", "--text-column", "x"], "--text-column: belongs to a file of your own"),
         (["--layout-plan", "x.json", "--init", "copy"], "--init: --layout-plan says it of every layer"),
         (["--data", "{}/packed.csv"], "packed.csv: is packed with gzip"),
+        (["--data", "{}"], "is a folder; say with --task which task's files it has"),
         (["--task", "nonsense", "--lr", "-1"], "--lr -1.0: it takes a number above 0 and below 1000"),
     ],
 )
@@ -227,6 +275,10 @@ def test_mistakes_in_own_data_are_one_line_and_start_nothing(tmp_path, arguments
     assert not (tmp_path / "run").exists()
 
 
+def standard_input(content):
+    return io.TextIOWrapper(io.BytesIO(content.encode()))
+
+
 def test_predict_prints_a_line_a_text(checkpoint, capsys, monkeypatch):
     assert main(["predict", str(checkpoint), *TEXTS[:4]]) == 0
     lines = capsys.readouterr().out.split("\n")[:-1]
@@ -234,7 +286,7 @@ def test_predict_prints_a_line_a_text(checkpoint, capsys, monkeypatch):
         probabilities = expected(checkpoint, text)
         label = ["no", 'yes, "really"', "a b"][probabilities.index(max(probabilities))]
         assert line == f"{label}\t{max(probabilities):.1%}\t{text.strip()}"
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\r\n" for text in TEXTS[:4])))
+    monkeypatch.setattr("sys.stdin", standard_input("\ufeff" + "".join(f"{text}\r\n" for text in TEXTS[:4])))
     assert main(["predict", str(checkpoint)]) == 0
     assert capsys.readouterr().out.split("\n")[:-1] == lines
 
@@ -245,7 +297,7 @@ def test_predict_takes_pairs(checkpoint, capsys, monkeypatch):
     for line, pair in zip(given.splitlines(), [("a film", "not bad"), ("good", "bad")], strict=True):
         assert f"\t{max(expected(checkpoint, *pair)):.1%}\t{pair[0]}\t{pair[1]}" in line
     (checkpoint.parent / "run.json").write_text('{"settings": {"max_length": 128, "columns": ["first", "second"]}}')
-    monkeypatch.setattr("sys.stdin", io.StringIO("a film\tnot bad\ngood\tbad\n"))
+    monkeypatch.setattr("sys.stdin", standard_input("a film\tnot bad\ngood\tbad\n"))
     assert main(["predict", str(checkpoint.parent)]) == 0
     assert capsys.readouterr().out == given
 
@@ -270,10 +322,22 @@ def test_pairs_are_not_lost_in_silence(checkpoint, tmp_path, capsys):
 def test_a_classifier_of_pairs_wants_pairs(checkpoint, capsys, monkeypatch):
     (checkpoint.parent / "run.json").write_text('{"settings": {"max_length": 128, "columns": ["first", "second"]}}')
     assert main(["predict", str(checkpoint.parent), "a film"]) == 2
-    assert "was trained on pairs (first, second); give --pair, too" in capsys.readouterr().err
-    monkeypatch.setattr("sys.stdin", io.StringIO("a film\tbad\ngood\n"))
-    assert main(["predict", str(checkpoint.parent)]) == 2
-    assert "standard input, line 2: has no tab" in capsys.readouterr().err
+    assert "was trained on pairs (first, second); give second texts, too (--pair TEXT)" in capsys.readouterr().err
+    for line, words in (("good", "has no tab"), ("good\tbad\tworse", "has 2 tabs")):
+        monkeypatch.setattr("sys.stdin", standard_input(f"a film\tbad\n{line}\n"))
+        assert main(["predict", str(checkpoint.parent)]) == 2
+        assert f"standard input, line 2: {words}" in capsys.readouterr().err
+    assert main(["explain", str(checkpoint.parent), "a film"]) == 2
+    assert "give second texts, too" in capsys.readouterr().err
+
+
+def test_a_classifier_of_single_texts_wants_no_pairs(checkpoint, tmp_path, capsys):
+    (checkpoint.parent / "run.json").write_text('{"settings": {"max_length": 128, "columns": ["text"]}}')
+    (tmp_path / "new.csv").write_text("text,more\na,b\n")
+    for arguments in (("predict", "a", "--pair", "b"), ("explain", "a", "--pair", "b"),
+                      ("predict", "--file", str(tmp_path / "new.csv"), "--text-pair-column", "more")):  # fmt: skip
+        assert main([arguments[0], str(checkpoint.parent), *arguments[1:]]) == 2
+        assert "was trained on single texts (text); leave second texts out" in capsys.readouterr().err
 
 
 def test_texts_may_stand_behind_options(checkpoint, capsys):
@@ -304,6 +368,11 @@ def test_letters_that_the_locale_lacks_stop_nothing(checkpoint, monkeypatch):
     assert out.getvalue().decode("ascii").endswith("un caf\\xe9\n")
 
 
+def test_an_argument_that_is_not_utf8_is_named(checkpoint, capsys):
+    assert main(["predict", str(checkpoint), "a film", os.fsdecode(b"caf\xe9")]) == 2
+    assert r"error: 'caf\udce9': a text that is not UTF-8" in capsys.readouterr().err
+
+
 def test_a_run_without_a_best_checkpoint_says_so(tmp_path, capsys):
     (tmp_path / "run.json").write_text("{}")
     assert main(["predict", str(tmp_path), "x"]) == 2
@@ -311,10 +380,10 @@ def test_a_run_without_a_best_checkpoint_says_so(tmp_path, capsys):
 
 
 def test_bytes_on_standard_input_that_are_no_text_are_an_error(checkpoint, capsys, monkeypatch):
-    for errors in ("strict", "surrogateescape"):
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))
+    for content, words in ((b"good\ncaf\xe9\n", "line 2: not UTF-8 text"), (b"good\n\0\n", "line 2: has a NUL byte")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
         assert main(["predict", str(checkpoint)]) == 2
-        assert "standard input: has a line that is not UTF-8 text" in capsys.readouterr().err
+        assert f"standard input, {words}" in capsys.readouterr().err
 
 
 def test_predict_reads_the_columns_of_training_and_writes_a_file(checkpoint, tmp_path, capsys):

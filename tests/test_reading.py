@@ -3,12 +3,13 @@
 import csv
 import gzip
 import json
+import os
 
 import pytest
 
 from funnel import reading
 from funnel.errors import FunnelError
-from funnel.reading import ExampleFile, Row, column_names
+from funnel.reading import ExampleFile, Row, check_format, column_names
 
 
 def write(folder, name, content: bytes):
@@ -102,7 +103,12 @@ CSV = b"sentence,label\n"
         ("a.jsonl", b'{"sentence": "a", "label": null}\n', "line 1: 'label' is null, not a text or number"),
         ("a.jsonl", b'{"sentence": "a", "label": 1}\n[1]\n', "line 2: a JSON list"),
         ("a.jsonl", b'{"sentence": "a", "label": 1, "label": 2}\n', "line 1: the field 'label' is there twice"),
-        ("a.jsonl", b'{"sentence": "a", "label": 1}\n\n', "line 2: not a JSON object"),
+        ("a.jsonl", b'{"sentence": "a", "label": 1}\n\n', "line 2: blank"),
+        (
+            "a.jsonl",
+            b'{"sentence": "a", "label": 1}\n{"sentence": "b\n',
+            "line 2: not a JSON object .Unterminated string starting at character 14.",
+        ),
         ("a.jsonl", b"[" * 100000, "line 1: not a JSON object"),
     ],
 )
@@ -144,3 +150,45 @@ def test_the_digest_depends_on_content_and_columns_alone(tmp_path):
 )
 def test_column_names(tmp_path, name, content):
     assert column_names(write(tmp_path, name, content)) == ["x", "y"]
+
+
+def test_names_of_csv_may_have_line_ends_and_any_length(tmp_path):
+    long = "z" * 200_000
+    assert column_names(write(tmp_path, "a.csv", f'x,"my\nnote",{long}\n1,2,3\n'.encode())) == ["x", "my\nnote", long]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"", "a.csv: empty"),
+        ("a.tsv", b"\xef\xbb\xbf", "a.tsv: empty"),
+        ("a.tsv", b"\ntext\tlabel\n", "line 1: blank; remove the line"),
+        ("a.csv", b"\r\ntext,label\n", "line 1: blank; remove the line"),
+        ("a.jsonl", b'["a", 1]\n', "line 1: a JSON list, not an object"),
+        ("a.jsonl", b'{"x": 1, "x": 2}\n', "line 1: the field 'x' is there twice"),
+        ("a.jsonl", b'{"x": 1}\r{"x": 2}\r', "line 1: lines end with CR alone"),
+        ("a.csv", b"text,label\ra,1\r", "line 1: lines end with CR alone"),
+        ("a.csv", b'"text,label\n', "line 1: not csv"),
+    ],
+)
+def test_names_of_columns_that_cannot_be_read_are_an_error(tmp_path, name, content, words):
+    with pytest.raises(FunnelError, match=words):
+        column_names(write(tmp_path, name, content))
+
+
+def test_a_cr_within_a_row_is_told_with_its_way_out(tmp_path):
+    with pytest.raises(FunnelError, match=r"line 3: not csv .a CR alone, outside of quotes.; convert line ends to LF"):
+        read(write(tmp_path, "a.csv", CSV + b"a,1\nb\rc,1\n"))
+
+
+def test_what_is_no_file_is_told_as_what_it_is(tmp_path):
+    (tmp_path / "a.csv").mkdir()
+    os.mkfifo(tmp_path / "b.csv")
+    for name, words in (
+        ("a.csv", "no file but a folder"),
+        ("b.csv", "no file but a pipe"),
+        ("c.cvs", "no such file; it takes a"),
+    ):
+        with pytest.raises(FunnelError, match=f"--dev .*{name}: (is )?{words}"):
+            check_format("--dev", tmp_path / name)
+    check_format("--dev", write(tmp_path, "D.CSV.GZ", CSV).with_name("D.CSV.GZ"))

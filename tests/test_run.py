@@ -71,6 +71,8 @@ def test_the_log_is_a_line_an_event(tmp_path):
     run.log(step=2, split="dev", loss=math.nan, accuracy=1.0)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[1] == {"step": 2, "split": "dev", "loss": None, "accuracy": 1.0}
+    run.log(loss=math.inf)
+    assert (tmp_path / "metrics.jsonl").read_text().endswith('{"loss": null}\n')
 
 
 def test_what_will_be_written_again_is_dropped_from_the_log(tmp_path):

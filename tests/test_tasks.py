@@ -15,7 +15,7 @@ from funnel import tasks
 from funnel.download import Archive
 from funnel.errors import FunnelError
 from funnel.reading import ExampleFile
-from funnel.tasks import TASKS, get_task, locate, own_task
+from funnel.tasks import TASKS, find_task, get_task, locate, own_task
 
 # A few rows of every file as it is distributed: {file: content}, and what is to be read: (texts, labels) of train, the
 # number of rows in what is evaluated on, and the number of answers that GLUE's server wants.
@@ -232,6 +232,10 @@ def own(tmp_path, rows, problem=None, names="text,label"):
         (["1.5", "2"] * 9, "classification", ["1.5", "2"], "2 classes"),
         (["1", "2"], "regression", None, "scores from 1 to 2"),
         (["0", "x", "nan"], None, ["0", "nan", "x"], "3 classes"),
+        (["1.5", "x", "y"], None, ["1.5", "x", "y"], "3 classes"),
+        (["1.5", "2", "x"], "classification", ["1.5", "2", "x"], "3 classes"),
+        (["pos", "pos ", "neg"], None, ["neg", "pos", "pos "], "3 classes: neg (1), pos (1), 'pos ' (1)"),
+        ([f"x{i}" for i in range(11)], "classification", sorted(f"x{i}" for i in range(11)), "11 classes"),
     ],
 )
 def test_what_own_labels_are(tmp_path, labels, problem, expected, said):
@@ -247,15 +251,39 @@ def test_what_own_labels_are(tmp_path, labels, problem, expected, said):
     ("rows", "problem", "names", "words"),
     [
         (["t,a", "t,a"], None, "text,label", "every label is 'a'"),
-        (["t,a", "t,b"], "regression", "text,label", "--problem regression: label 'a' is no number"),
+        (["t,a", "t,b"], "regression", "text,label", "own.csv, line 2: label 'a' is no number that float32 holds$"),
         (["t,a"], None, "review,label", "which column is the text. name it with --text-column; there are review, label"),
         (["t,a"], None, "text,stars", "which column is the label. name it with --label-column; there are text, stars"),
-        ([f"t,x{i}" for i in range(60)], None, "text,label", "60 classes for 60 texts"),
+        ([f"t,x{i}" for i in range(60)], None, "text,label", "60 classes for 60 texts; is 'label' the column of labels"),
+        ([f"t,x{i}" for i in range(11)], None, "text,label", "11 classes for 11 texts; .*--problem classification takes them"),
+        (["t,a", "t,", "t,b"], None, "text,label", "own.csv, line 3: 'label' is empty; give the row its label"),
+        (
+            ["t,1.5", "t,2", "t,n/a"],
+            None,
+            "text,label",
+            "own.csv, line 4: label 'n/a' is no number .*and most others are scores",
+        ),
+        ([f"t,{i}" for i in range(60)] + ["t,nan"], None, "text,label", "line 62: label 'nan' is no number"),
+        (["t,1.5", "t,1e39"], "regression", "text,label", "line 3: label '1e39' is no number that float32 holds$"),
+        (["t,2020_01", "t,2020_02", "t,1.5"], "regression", "text,label", "line 2: label '2020_01' is no number"),
     ],
 )
 def test_own_data_that_cannot_be_used_is_refused(tmp_path, rows, problem, names, words):
     with pytest.raises(FunnelError, match=words):
         own(tmp_path, rows, problem, names)
+
+
+def test_a_column_is_one_thing(tmp_path):
+    (tmp_path / "own.csv").write_text("text,label\nt,a\n")
+    for pair, label in (("text", None), (None, "text"), ("label", None)):
+        with pytest.raises(FunnelError, match=r"own.csv: the column '\w+' is asked for twice"):
+            own_task(tmp_path / "own.csv", None, None, pair, label, None)
+
+
+def test_data_without_a_task_is_a_file(tmp_path):
+    for path, words in ((tmp_path, "is a folder; say with --task"), (tmp_path / "none", "no such file; it takes a .tsv")):
+        with pytest.raises(FunnelError, match=f"--data .*: {words}"):
+            find_task(data=path)
 
 
 def test_own_files_of_another_kind_are_refused(tmp_path):
