@@ -13,7 +13,7 @@ from funnel import checkpoint
 from funnel.checkpoint import Checkpoint
 from funnel.config import write_json
 from funnel.convert import fetch, huggingface, read_source
-from funnel.errors import ArgumentParser, FunnelError, exit_status
+from funnel.errors import ArgumentParser, FunnelError, exit_status, listed
 from funnel.export import export_onnx, export_torch
 from funnel.heads import MODELS
 from funnel.tokenizer import FunnelTokenizer
@@ -47,7 +47,7 @@ def convert(name: str, out: Path, to: str = "funnel") -> None:
     print(f"read      {source.folder}: {source.format} format, {source.architecture}, blocks {source.config.layout}")
     for title, table in (("left out", source.left_out), ("made", source.made)):
         for reason, names in _by_reason(table).items():
-            print(f"{title:<9} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} ({reason})")
+            print(f"{title:<9} {listed(names, 3)} ({reason})")
     if to == "huggingface":
         checkpoint.write_folder(out, lambda folder: _write_huggingface(folder, saved, tokenizer))
     elif to == "onnx":

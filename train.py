@@ -109,11 +109,10 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
             args.task, args.data, args.dev, args.text_column, args.text_pair_column, args.label_column, args.problem
         )
         complete(args, task)
-        to_predict = args.predict and (  # the columns that are named are those of a file of one's own
-            texts_of(args.predict, task.columns, flag="--predict")
-            if task.name == OWN
-            else texts_of(args.predict, task.columns, args.text_column, args.text_pair_column)
-        )
+        columns, way_out = (args.text_column, args.text_pair_column), "name it with"
+        if task.name == OWN:  # then they are the columns of the file to train on
+            columns, way_out = (None, None), "rename one, or predict after training with python -m funnel predict, which has"
+        to_predict = args.predict and texts_of(args.predict, task.columns, *columns, "--predict", way_out)
         for file in [*([to_predict] if to_predict else []), *(task.tests.values() if args.glue_submission else [])]:
             file.check()  # before training, not after it
         training.set_seed(args.seed)

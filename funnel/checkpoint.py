@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from funnel.config import FORMAT, FunnelConfig, read_json, write_json
 from funnel.cost import body_parameters
-from funnel.errors import FunnelError, one_line
+from funnel.errors import FunnelError, listed, one_line
 
 CONFIG, WEIGHTS, CHECKSUMS = "config.json", "model.safetensors", "checksums.json"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -164,12 +164,8 @@ def check_shape(name: str, given: Tensor, expected: Tensor, source: str | Path) 
 
 def names_text(missing: list[str], left_over: list[str], most: int = 3) -> str:
     """ "missing a, b, c and 5 more; left over d", for an error's line."""
-    parts = []
-    for word, names in (("missing", missing), ("left over", left_over)):
-        if names:
-            more = f" and {len(names) - most} more" if len(names) > most else ""
-            parts.append(f"{word} {', '.join(names[:most])}{more}")
-    return "; ".join(parts)
+    found = {"missing": missing, "left over": left_over}
+    return "; ".join(f"{word} {listed(names, most)}" for word, names in found.items() if names)
 
 
 # --- weight files -----------------------------------------------------------------------------------------------------

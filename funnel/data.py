@@ -32,6 +32,7 @@ from funnel.tokenizer import Encoding, FunnelTokenizer
 
 CHUNK = 1024  # rows that are encoded at a time: the tokenizer works on them in parallel
 VERSION = 1  # of the cached files
+LARGEST_SCORE = float(np.finfo(np.float32).max)
 
 
 class Batch(NamedTuple):
@@ -327,7 +328,7 @@ def to_score(written: str) -> float | None:
         score = float(written)
     except ValueError:
         return None
-    return score if abs(score) <= float(np.finfo(np.float32).max) else None
+    return score if abs(score) <= LARGEST_SCORE else None
 
 
 def _label(row: Row, labels: Mapping[str, int] | None, source: ExampleFile | Examples) -> float:

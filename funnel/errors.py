@@ -51,11 +51,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-def listed(names: Iterable[str], most: int = 200) -> str:
-    """Names with commas between them; of many the first ones, and how many there are in all."""
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """ "a, b, c and 5 more": names with commas between them, the first ones where they are many."""
     names = list(names)
-    text = ", ".join(names)
-    return text if len(text) <= most else f"{text[:most].rpartition(', ')[0] or text[:most]}, … ({len(names):,} in all)"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def exit_status(program: str, run: Callable[[], object], stopped: str, debug: bool = False) -> int:
@@ -73,7 +72,9 @@ def exit_status(program: str, run: Callable[[], object], stopped: str, debug: bo
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale without a text's letters does not stop the command
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"{program}: warning: {one_line(message)}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: print(
+                f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr
+            )
             run()
         sys.stdout.flush()
     except (FunnelError, OSError) as error:

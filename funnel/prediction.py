@@ -23,7 +23,7 @@ from funnel.config import read_json
 from funnel.data import Dataset
 from funnel.errors import FunnelError, listed, one_line
 from funnel.heads import FunnelForSequenceClassification
-from funnel.reading import Column, ExampleFile, check_format, column_names, decode_lines, format_of
+from funnel.reading import Column, ExampleFile, check_format, column_names, decode_lines, format_of, is_packed
 from funnel.tasks import Task
 from funnel.tokenizer import FunnelTokenizer
 
@@ -130,11 +130,9 @@ class Classifier:
             FunnelError: it does not take these.
         """
         if self.columns and are_pairs != (len(self.columns) == 2):
-            trained, way_out = ("single texts", "leave") if are_pairs else ("pairs", "give")
-            raise FunnelError(
-                f"the classifier was trained on {trained} ({', '.join(self.columns)}); {way_out} second texts"
-                + (" out" if are_pairs else ", too (--pair TEXT)")
-            )
+            trained = "single texts" if are_pairs else "pairs"
+            way_out = "leave second texts out" if are_pairs else "give second texts, too (--pair TEXT)"
+            raise FunnelError(f"the classifier was trained on {trained} ({', '.join(self.columns)}); {way_out}")
 
     def prediction(self, logits: Tensor) -> Prediction:
         """What one text's logits, [outputs], mean."""
@@ -161,14 +159,20 @@ class Classifier:
 
 
 def texts_of(
-    path: Path, columns: Sequence[Column], text: str | None = None, pair: str | None = None, flag: str = "--file"
+    path: Path,
+    columns: Sequence[Column],
+    text: str | None = None,
+    pair: str | None = None,
+    flag: str = "--file",
+    way_out: str = "name it with",
 ) -> ExampleFile:
     """A file of texts to predict for.
 
     Args:
         columns: of the texts that the classifier was trained on; where the file does not have them, "text" or "sentence".
         text, pair: columns instead of these.
-        flag: what the file was given with; of --predict the names of columns may be taken, by the file to train on.
+        flag: what the file was given with.
+        way_out: what to say before the option that names a column which is missing.
 
     Raises:
         FunnelError: the file is not there, its name says no format, or a column is missing.
@@ -180,8 +184,6 @@ def texts_of(
     second = pair or (known[1] if len(known) > 1 else None)
     for column, option in ((first, "--text-column"), (second, "--text-pair-column")):
         if column is not None and column not in names:
-            later = "rename one, or predict after training with python -m funnel predict, which has"
-            way_out = later if flag == "--predict" else "name it with"
             raise FunnelError(f"{path}: no column {column!r}; {way_out} {option}; there are {listed(names)}")
     return ExampleFile(path, (first,) if second is None else (first, second))
 
@@ -201,9 +203,7 @@ def write_predictions(predictions: Iterator[Prediction], path: Path) -> int:
     count = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with cast(
-            TextIO, (gzip.open if path.suffix.lower() == ".gz" else open)(part, "wt", encoding="utf-8", newline="")
-        ) as file:
+        with cast(TextIO, (gzip.open if is_packed(path) else open)(part, "wt", encoding="utf-8", newline="")) as file:
             put = _json_writer(file) if kind == "jsonl" else _table_writer(file, kind)
             for count, prediction in enumerate(predictions, 1):
                 put(count - 1, prediction)

@@ -213,7 +213,7 @@ class ExampleFile:
             if not isinstance(value, str) and not (is_label and isinstance(value, (bool, int, float))):
                 raise self.error(number, f"{column!r} is {json.dumps(value)[:60]}, not a text{' or number' * is_label}")
             text = value if isinstance(value, str) else json.dumps(value)
-            if any("\ud800" <= letter <= "\udfff" for letter in text):
+            if not is_utf8(text):
                 raise self.error(number, f"{column!r} has half of a character (a lone surrogate)")
             fields.append(text)
         return fields
@@ -242,9 +242,19 @@ class ExampleFile:
             yield Row(text.rstrip("\r\n"), None, label, str(path))
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it has no half of a character (a lone surrogate)."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file is packed with gzip, by its name."""
+    return path.suffix.lower() == ".gz"
+
+
 def format_of(path: Path) -> str:
     """What a file is by its name: tsv, csv or jsonl; "" for any other."""
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    suffix = (path.with_suffix("") if is_packed(path) else path).suffix.lower()
     return {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl"}.get(suffix, "")
 
 
@@ -270,7 +280,7 @@ def read_lines(path: Path) -> Iterator[str]:
         FunnelError: it cannot be read, or as `decode_lines`.
     """
     try:
-        with cast(BinaryIO, gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")) as file:
+        with cast(BinaryIO, gzip.open(path) if is_packed(path) else path.open("rb")) as file:
             yield from decode_lines(file, path)
     except FileNotFoundError:
         raise FunnelError(f"{path}: no such file") from None

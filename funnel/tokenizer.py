@@ -19,6 +19,7 @@ from tokenizers.processors import TemplateProcessing
 
 from funnel.config import read_json, write_json
 from funnel.errors import FunnelError, one_line
+from funnel.reading import is_utf8
 
 FILE = "tokenizer.json"
 VOCABULARIES = ("vocab.txt", "vocab.uncased.txt", "vocab.cased.txt")
@@ -215,9 +216,8 @@ class FunnelTokenizer:
             inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
             encoded = self.tokenizer.encode_batch(inputs)
         except Exception as error:  # the library's own, as of a vocabulary without the token for unknown words
-            for text in (*texts, *(pairs or ())):
-                if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                    raise FunnelError(f"{text[:40]!a}: a text that is not UTF-8; convert it first") from None
+            if odd := next((text for text in (*texts, *(pairs or ())) if not is_utf8(text)), None):
+                raise FunnelError(f"{odd[:40]!a}: a text that is not UTF-8; convert it first") from None
             raise FunnelError(f"{self.source}: cannot encode ({one_line(error)}); take another tokenizer") from None
         finally:
             self.tokenizer.no_truncation()

@@ -250,6 +250,8 @@ def test_answers_are_written_all_or_none(checkpoint, tmp_path):
             ["--data", "{}/own.csv", "--predict", "{}/own.txt"],
             "--predict .*own.txt: no such file; it takes a .tsv, .csv or .jsonl file",
         ),
+        (["--predict", "{}/none.csv"], "--predict .*none.csv: no such file"),
+        (["--predict", "{}/blank.jsonl"], "blank.jsonl: no column 'sentence'; name it with --text-column; there are body"),
         (["--glue-submission", "x"], "demo is no task of GLUE"),
         (["--data", "{}/own.xlsx"], "it takes a .tsv, .csv or .jsonl file"),
         (["--data", "{}/own.csv", "--predict", "{}/blank.csv"], "blank.csv, line 3: blank"),
@@ -266,6 +268,7 @@ def test_mistakes_in_own_data_are_one_line_and_start_nothing(tmp_path, arguments
     (tmp_path / "own.csv").write_text("text,label\nx,a\ny,b\nz,a\nw,b\n")
     (tmp_path / "dev.csv").write_text("text,label\nx,c\n")
     (tmp_path / "blank.csv").write_text("text\nx\n\n")
+    (tmp_path / "blank.jsonl").write_text('{"body": "x"}\n')
     (tmp_path / "packed.csv").write_bytes(gzip.compress(b"text,label\nx,a\n"))
     (tmp_path / "own.xlsx").touch()
     assert run(tmp_path, *(argument.format(tmp_path) for argument in arguments)) == 2

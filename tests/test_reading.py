@@ -191,4 +191,9 @@ def test_what_is_no_file_is_told_as_what_it_is(tmp_path):
     ):
         with pytest.raises(FunnelError, match=f"--dev .*{name}: (is )?{words}"):
             check_format("--dev", tmp_path / name)
-    check_format("--dev", write(tmp_path, "D.CSV.GZ", CSV).with_name("D.CSV.GZ"))
+
+
+def test_capitals_in_a_name_do_not_matter(tmp_path):
+    (tmp_path / "A.CSV.GZ").write_bytes(gzip.compress(CSV + b"a,1\n"))
+    check_format("--data", tmp_path / "A.CSV.GZ")
+    assert read(tmp_path / "A.CSV.GZ") == [("a", None, "1")]
