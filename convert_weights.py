@@ -9,14 +9,16 @@ python convert_weights.py runs/mine out --to onnx                     # one file
 import sys
 from pathlib import Path
 
-from funnel import checkpoint
-from funnel.checkpoint import Checkpoint
-from funnel.config import write_json
-from funnel.convert import fetch, huggingface, read_source
-from funnel.errors import ArgumentParser, FunnelError, exit_status, listed
-from funnel.export import export_onnx, export_torch
-from funnel.heads import MODELS
-from funnel.tokenizer import FunnelTokenizer
+from funnel.cli.common import ArgumentParser, run_command
+from funnel.data.tokenizer import FunnelTokenizer
+from funnel.errors import FunnelError, format_list
+from funnel.io import atomic_folder, write_json
+from funnel.model import checkpoint
+from funnel.model.checkpoint import Checkpoint
+from funnel.model.heads import MODELS
+from funnel.weights import huggingface
+from funnel.weights.export import export_onnx, export_torch
+from funnel.weights.load import read_weights_from, resolve
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     args = parser.parse_args(arguments)
-    return exit_status("convert_weights.py", lambda: convert(args.source, args.out, args.to), "nothing was written", args.debug)
+    return run_command(
+        "convert_weights.py",
+        lambda: convert(args.source, args.out, args.to),
+        on_interrupt="nothing was written",
+        debug=args.debug,
+    )
 
 
 def convert(name: str, out: Path, to: str = "funnel") -> None:
@@ -40,18 +47,20 @@ def convert(name: str, out: Path, to: str = "funnel") -> None:
     """
     if out.exists():
         raise FunnelError(f"{out}: exists already; name a folder that does not, or remove it")
-    source = read_source(fetch(name))
+    source = read_weights_from(resolve(name))
     tokenizer = FunnelTokenizer.load(source.folder).fitting(source.config.vocab_size, source.folder)
     saved = Checkpoint(source.config, source.weights, source.architecture)
     count = sum(tensor.numel() for tensor in source.weights.values())
     print(f"read      {source.folder}: {source.format} format, {source.architecture}, blocks {source.config.layout}")
     for title, table in (("left out", source.left_out), ("made", source.made)):
         for reason, names in _by_reason(table).items():
-            print(f"{title:<9} {listed(names, 3)} ({reason})")
+            print(f"{title:<9} {format_list(names, 3)} ({reason})")
     if to == "huggingface":
-        checkpoint.write_folder(out, lambda folder: _write_huggingface(folder, saved, tokenizer))
+        with atomic_folder(out) as folder:
+            _write_huggingface(folder, saved, tokenizer)
     elif to == "onnx":
-        checkpoint.write_folder(out, lambda folder: _write_onnx(folder, saved, tokenizer))
+        with atomic_folder(out) as folder:
+            _write_onnx(folder, saved, tokenizer)
     else:
         checkpoint.save(out, saved.config, saved.weights, saved.architecture, extra=tokenizer.save)
     files = ", ".join(sorted(path.name for path in out.iterdir()))

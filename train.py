@@ -22,18 +22,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from funnel import layout, mistakes, training
-from funnel.build import build_classifier
-from funnel.checkpoint import load_weights
-from funnel.config import INITS, KEEPS, parse_layout
-from funnel.data import Batch, encode
-from funnel.dropout import share_of_batch
-from funnel.errors import ArgumentParser, FunnelError, Stopped, exit_status, listed
-from funnel.heads import FunnelForSequenceClassification
-from funnel.prediction import Classifier, tell_cut, texts_of, write_predictions, write_submission
-from funnel.processes import Processes, Signals, end
-from funnel.run import Run, State, free_folder
-from funnel.tasks import OWN, TASKS, Task, find_task
+from funnel.cli.common import ArgumentParser, run_command
+from funnel.data.dataset import Batch, encode
+from funnel.data.tasks import CUSTOM, TASKS, Task, load_task
+from funnel.errors import FunnelError, StoppedBySignal, format_list
+from funnel.inference import Classifier, open_text_file, warn_truncated, write_predictions, write_submission
+from funnel.model.checkpoint import load_weights
+from funnel.model.config import INITS, KEEPS, parse_blocks
+from funnel.model.dropout import share_of_batch
+from funnel.model.heads import FunnelForSequenceClassification
+from funnel.training import error_analysis
+from funnel.training import optim as training
+from funnel.training.distributed import Distributed, GracefulStop, end
+from funnel.training.run_dir import RunDir, TrainState, unused_folder
+from funnel.weights import surgery
+from funnel.weights.build import build_classifier
 
 PATIENCE = 5  # steps in a row that may be skipped because a number is not finite
 
@@ -99,24 +102,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
+def train(args: argparse.Namespace, processes: Distributed) -> dict[str, float]:
     """Trains one model and returns the metrics of its best evaluation on dev."""
     # What was asked for; weights, data, model.
     device = processes.device
-    with processes.together():
+    with processes.main_process_first():
         check(args, processes.size)
-        task = find_task(
+        task = load_task(
             args.task, args.data, args.dev, args.text_column, args.text_pair_column, args.label_column, args.problem
         )
         complete(args, task)
         columns, way_out = (args.text_column, args.text_pair_column), "name it with"
-        if task.name == OWN:  # then they are the columns of the file to train on
+        if task.name == CUSTOM:  # then they are the columns of the file to train on
             columns, way_out = (None, None), "rename one, or predict after training with python -m funnel predict, which has"
-        to_predict = args.predict and texts_of(args.predict, task.columns, *columns, "--predict", way_out)
+        to_predict = args.predict and open_text_file(args.predict, task.columns, *columns, "--predict", way_out)
         for file in [*([to_predict] if to_predict else []), *(task.tests.values() if args.glue_submission else [])]:
             file.check()  # before training, not after it
         training.set_seed(args.seed)
-        training.reuse_memory()
+        training.keep_freed_memory()
         built = build_classifier(
             args.weights,
             None if task.labels is None else list(task.labels.values()),
@@ -124,7 +127,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
             args.init,
             args.keep,
             args.layout_plan,
-            task.files["train"].texts_of_rows(),
+            task.files["train"].iter_texts(),
             bytes_per_weight=16 if device.type == "cpu" else 4,  # with its gradient and AdamW's two moments
         )
         model, tokenizer, plan, origin = built
@@ -153,13 +156,13 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
         "train_texts": len(train_set), "dev_texts": len(sets["dev"]),
         "mean_tokens": round(float(train_set.lengths.mean()), 1),
         "contents": contents}  # fmt: skip
-    run = Run(processes.of_first(lambda: open_run(args, settings, plan)), args.keep_checkpoints)
-    found = processes.of_first(run.load) if args.resume else None
-    if args.resume and processes.is_first:
-        run.forget_after(State() if found is None else found[1])
+    run = RunDir(processes.run_on_main_and_broadcast(lambda: open_run(args, settings, plan)), args.keep_checkpoints)
+    found = processes.run_on_main_and_broadcast(run.load) if args.resume else None
+    if args.resume and processes.is_main:
+        run.forget_after(TrainState() if found is None else found[1])
 
     # Model, AdamW, linear warm-up and decay (paper, section A.3).
-    state = State()
+    state = TrainState()
     if found is not None:
         weights, state = found
         if fresh := load_weights(model, weights, f"--resume: {run.folder}"):
@@ -167,8 +170,8 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     model.to(device).train()
     model.set_gradient_checkpointing(args.gradient_checkpointing)
     forward = processes.wrap(model, args.shard, args.compile)
-    optimizer = torch.optim.AdamW(training.parameter_groups(model, args.weight_decay), lr=args.lr, eps=1e-6, fused=True)
-    schedule = training.linear_schedule(total_steps, args.warmup)
+    optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay), lr=args.lr, eps=1e-6, fused=True)
+    schedule = training.linear_warmup_decay(total_steps, args.warmup)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     if found is not None:
         processes.load_optimizer(optimizer, state.optimizer)
@@ -177,7 +180,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     parameters = sum(p.numel() for p in model.parameters())
     warnings = [f"--max-length {args.max_length}: {name}: {lost}" for name, lost in cuts.items()]
     if task.labels is not None and len(absent := np.setdiff1d(train_set.labels, sets["dev"].labels)):
-        warnings.append(f"{len(absent)} classes have no text in dev: {listed(config.id2label[i] for i in absent)}")
+        warnings.append(f"{len(absent)} classes have no text in dev: {format_list(config.id2label[i] for i in absent)}")
     evaluated = ", ".join(f"{len(dataset):,} in {split}" for split, dataset in sets.items())
     resumed = "no checkpoint yet: begins at step 0" if found is None else f"resumed at step {state.step:,}"
     where = f"{device.type}" + (f" in {processes.size} processes" if processes.size > 1 else "")
@@ -195,7 +198,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
             logits = training.predict(model, dataset, device, dtype, share=share, check=signals.check_here)
             logits = processes.sum(logits)
             scores, predictions = training.measure(logits, dataset, task.metrics)
-            if processes.is_first:
+            if processes.is_main:
                 run.log(step=state.step, split=split, **scores)
             bar.write(describe({"step": state.step, **scores}) + (f" ({split})" if split != "dev" else ""))
             if split == "dev":
@@ -212,9 +215,9 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
         weights = processes.whole(model.state_dict())
         if name == "last":
             state.optimizer, state.scaler = processes.whole(optimizer.state_dict()), scaler.state_dict()
-        if processes.is_first:
+        if processes.is_main:
             architecture = FunnelForSequenceClassification.__name__
-            found = None if on_dev is None else mistakes.examine(on_dev, sets["dev"], config, tokenizer)
+            found = None if on_dev is None else error_analysis.analyze_errors(on_dev, sets["dev"], config, tokenizer)
             run.save(name, config, weights, architecture, tokenizer, state if name == "last" else None, found)
 
     def skip(said: str, batch: Batch, step_loss: float) -> None:
@@ -224,10 +227,10 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
             return
         state.in_a_row += 1
         with training.autocast(device, dtype):
-            said = f"step {state.step + 1:,}: {said}: not finite {training.first_not_finite(model, batch, step_loss)}"
+            said = f"step {state.step + 1:,}: {said}: not finite {training.find_nonfinite(model, batch, step_loss)}"
         bar.write(f"{said}; the step is skipped")
         if state.in_a_row == PATIENCE:
-            if not processes.is_first:  # it is told once
+            if not processes.is_main:  # it is told once
                 raise SystemExit(2)
             raise FunnelError(
                 f"training diverged: {PATIENCE} steps in a row were skipped; {said}; lower --lr "
@@ -238,10 +241,10 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
         return state.step % every == 0 or state.step == total_steps
 
     warning = None
-    bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=None if processes.is_first else True,
+    bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=None if processes.is_main else True,
                dynamic_ncols=True)  # fmt: skip
     try:
-        with Signals(processes) as signals:
+        with GracefulStop(processes) as signals:
             if state.evaluated < state.step and is_due(eval_every):  # it was stopped before that
                 warning = evaluate()
                 save("last")
@@ -277,7 +280,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
 
                 state.step, seen = state.step + 1, seen + len(index)
                 bar.update()
-                if processes.is_first and (state.step % 20 == 0 or is_due(eval_every)):
+                if processes.is_main and (state.step % 20 == 0 or is_due(eval_every)):
                     rate = seen / (time.perf_counter() - started)
                     run.log(step=state.step, split="train", loss=state.loss, lr=lr, skipped=state.skipped,
                             examples_per_second=rate, memory_mib=training.peak_memory(device))  # fmt: skip
@@ -291,12 +294,12 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
                 if is_due(save_every):
                     save("last")
                 started += time.perf_counter() - paused  # the clock is of training
-    except Stopped as stop:
+    except StoppedBySignal as stop:
         save("last")
-        if not processes.is_first:
-            raise SystemExit(128 + stop.number) from None
+        if not processes.is_main:
+            raise SystemExit(128 + stop.signum) from None
         message = f"the run is saved at step {state.step:,}; the same command with --resume --out {run.folder} goes on"
-        raise Stopped(stop.number, message) from None
+        raise StoppedBySignal(stop.signum, message) from None
     finally:
         bar.close()
 
@@ -310,26 +313,26 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, float]:
         print(f"{state.skipped:,} steps were skipped because a number was not finite")
     if warning:
         print(warning)
-    if processes.is_first and (to_predict is not None or args.glue_submission is not None):
+    if processes.is_main and (to_predict is not None or args.glue_submission is not None):
         classifier = Classifier.load(run.folder, args.device, args.dtype)
         if to_predict is not None:
             path = run.folder / f"predictions-{to_predict.path.name}"
             print(f"{write_predictions(classifier.of_file(to_predict), path):,} predictions in {path}")
         if args.glue_submission is not None:
             print(f"answers in {', '.join(map(str, write_submission(classifier, task, args.glue_submission)))}")
-        tell_cut(classifier)
+        warn_truncated(classifier)
     return state.best
 
 
-def open_run(args: argparse.Namespace, settings: dict[str, Any], plan: list[layout.LayerPlan]) -> Path:
+def open_run(args: argparse.Namespace, settings: dict[str, Any], plan: list[surgery.LayerPlan]) -> Path:
     """Makes the run's folder, or checks the one to go on with."""
     name = f"{settings['task']}-{settings['blocks']}-seed{args.seed}"
-    run = Run(args.out or free_folder(Path("runs") / name))
+    run = RunDir(args.out or unused_folder(Path("runs") / name))
     if args.resume:
         run.check(settings)
     else:
         run.start(settings, shlex.join(args.command))
-        layout.write_plan(run.folder / "layout_plan.json", plan)
+        surgery.write_plan(run.folder / "layout_plan.json", plan)
     return run.folder
 
 
@@ -348,7 +351,7 @@ def check(args: argparse.Namespace, size: int) -> None:
     if not 0 <= args.seed < 2**32:
         raise FunnelError(f"--seed {args.seed}: it takes a whole number from 0 to 2**32 - 1")
     if args.blocks is not None:
-        parse_layout(args.blocks)
+        parse_blocks(args.blocks)
     if args.layout_plan is not None and (args.init or args.keep):
         raise FunnelError(f"--{'init' if args.init else 'keep'}: --layout-plan says it of every layer; give one of them")
     if args.dev is not None and args.dev_share is not None:
@@ -363,7 +366,7 @@ def check(args: argparse.Namespace, size: int) -> None:
 
 def complete(args: argparse.Namespace, task: Task) -> None:
     """Puts defaults where nothing was asked for, and stops at what the task has no use for."""
-    is_own = task.name == OWN
+    is_own = task.name == CUSTOM
     if args.dev_share is not None and not is_own:
         raise FunnelError(f"--dev-share: {task.title} has texts to evaluate on; it belongs to a file of your own")
     for flag, column in {"--text-column": args.text_column, "--text-pair-column": args.text_pair_column}.items():
@@ -397,10 +400,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
 
     def run() -> None:
-        with Processes.start(args.device) as processes:
+        with Distributed.start(args.device) as processes:
             train(args, processes)
 
-    return exit_status("train.py", run, "a run that has begun goes on with --resume --out FOLDER", args.debug)
+    return run_command(
+        "train.py", run, on_interrupt="a run that has begun goes on with --resume --out FOLDER", debug=args.debug
+    )
 
 
 if __name__ == "__main__":

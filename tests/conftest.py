@@ -1,4 +1,4 @@
-"""What the tests share: tiny models, and the real data and weights where a machine has them."""
+"""What the tests share: tiny_config models, and the real data and weights where a machine has them."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from funnel.config import FunnelConfig
+from funnel.model.config import FunnelConfig
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("FUNNEL_SHARED", ROOT.parent / "shared"))
@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as there are cores, i
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-def tiny(**changes) -> FunnelConfig:
+def tiny_config(**changes) -> FunnelConfig:
     """A config small enough for hundreds of forward passes."""
     values = {
         "vocab_size": 99,
@@ -32,7 +32,7 @@ def tiny(**changes) -> FunnelConfig:
     return FunnelConfig(**{**values, **changes})
 
 
-def real_batch(lengths: list[int], width: int | None = None, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def padded_batch(lengths: list[int], width: int | None = None, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """Ids, mask and token types of texts of the given lengths, padded: two segments each behind [cls]."""
     generator = torch.Generator().manual_seed(seed)
     width = width or max(lengths)

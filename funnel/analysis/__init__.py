@@ -1,0 +1,1 @@
+"""Trained models: reports, attention rollout."""

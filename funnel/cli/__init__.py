@@ -1,0 +1,1 @@
+"""The command `funnel` and what train.py shares with it."""

@@ -1,0 +1,1 @@
+"""The network: configuration, pooling, attention, blocks, heads; its checkpoints and costs."""
