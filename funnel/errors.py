@@ -1,4 +1,4 @@
-"""The exceptions that end a command with one line instead of a traceback."""
+"""Exceptions that commands report on one line instead of with a traceback, and helpers for messages."""
 
 from collections.abc import Iterable
 
@@ -9,9 +9,9 @@ class FunnelError(ValueError):
     """Invalid input: one line that says what is wrong, where, and what to do about it.
 
     Args:
-        message: should contain the name of `parameter`, where one is given.
+        message: should contain the name of `parameter`, if given.
         parameter: the function parameter or dataclass field that has the invalid value. The command line replaces its
-            name in the message by the flag.
+            name in the message with the flag.
     """
 
     def __init__(self, message: str, parameter: str | None = None) -> None:

@@ -1,6 +1,6 @@
 """Files: JSON, atomic writes of files and folders, checksums, the cache directory.
 
-Readers of anything written here see the old content or the new, never a part. Errors name the file.
+Readers see either the old content or the new, never a partial write. Errors name the file.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_folder(folder: str | Path, keep: int = 1) -> Iterator[Path]:
     """Yields a temporary folder beside `folder`; moves it into place when the body succeeds, removes it otherwise.
 
-    The exchange takes two renames. If the process dies between them, `existing_folder` finds the old folder.
+    The swap takes two renames. If the process dies between them, `existing_folder` finds the old folder.
 
     Args:
         folder: replaced if it exists.
@@ -152,7 +152,7 @@ def existing_folder(folder: str | Path) -> Path:
 
 
 def is_dir(path: str | Path) -> bool:
-    """Whether a folder of that name exists; False for a name too long for the file system."""
+    """Whether a folder exists; False if the name is too long for the file system."""
     return os.path.isdir(path)  # Path.is_dir raises for such a name before Python 3.14
 
 
@@ -204,10 +204,10 @@ def verify_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
     """Compares files with the folder's checksums.json; a folder without one passes.
 
     Args:
-        names: of the files to check; None for all files listed.
+        names: files to check; None for all listed files.
 
     Raises:
-        FunnelError: a file is missing or has other content.
+        FunnelError: a file is missing or its content has changed.
     """
     if not (folder / CHECKSUMS).is_file():
         return
@@ -227,7 +227,7 @@ def verify_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def cache_dir() -> Path:
-    """The folder for downloads and encoded data sets: $FUNNEL_CACHE, or funnel/ in the user's cache directory."""
+    """The folder for downloads and encoded datasets: $FUNNEL_CACHE, or funnel/ in the user's cache directory."""
     if chosen := os.environ.get("FUNNEL_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "funnel"

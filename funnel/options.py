@@ -1,19 +1,45 @@
-"""Dataclass fields with help text: the command line generates its flags from them (`funnel.cli.common`)."""
+"""Dataclass fields with help text and bounds; `funnel.cli.common` generates flags from them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from funnel.errors import FunnelError
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] | None = None, metavar: str | None = None) -> Any:
-    """A dataclass field with a default, a help text and, optionally, a closed set of values."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+def option(
+    default: Any, help: str, *, bounds: str | None = None, choices: Sequence[str] | None = None, metavar: str | None = None
+) -> Any:
+    """A dataclass field with help text.
+
+    Args:
+        bounds: an interval such as "(0, 1]" or "[1, inf)" for a number.
+        choices: the values allowed for a string.
+    """
+    metadata = {"help": help, "bounds": bounds, "choices": choices, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_option(options: Any, name: str, is_valid: Callable[[Any], bool], expected: str) -> None:
-    """Raises FunnelError if a field is set (not None) and invalid; the message ends in "expected ..."."""
-    value = getattr(options, name)
-    if value is not None and not is_valid(value):
-        raise FunnelError(f"invalid {name} {value}: expected {expected}", name)
+def check_options(options: Any) -> None:
+    """Checks the fields of a dataclass that are not None against their bounds and choices.
+
+    Raises:
+        FunnelError: the first invalid field.
+    """
+    for field in dataclasses.fields(options):
+        value, bounds, choices = getattr(options, field.name), field.metadata["bounds"], field.metadata["choices"]
+        if value is None:
+            continue
+        if choices and value not in choices:
+            raise FunnelError(f"invalid {field.name} {value!r}: choose from {', '.join(choices)}", field.name)
+        if bounds and not _contains(bounds, value):
+            kind = "an integer" if isinstance(value, int) else "a number"
+            raise FunnelError(f"invalid {field.name} {value}: expected {kind} in {bounds}", field.name)
+
+
+def _contains(bounds: str, value: float) -> bool:
+    low, high = (float(bound) for bound in bounds[1:-1].split(","))
+    above = value >= low if bounds[0] == "[" else value > low
+    below = value <= high if bounds[-1] == "]" else value < high
+    return above and below and not math.isnan(value)
