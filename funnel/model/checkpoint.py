@@ -1,7 +1,7 @@
-"""A checkpoint folder: config.json, model.safetensors, tokenizer.json. Saving, loading, checking; reading weight files.
+"""Checkpoint folders: config.json, model.safetensors, tokenizer.json. Saving, loading, validation.
 
-Nothing here knows a model's inside: weights are tables of names and tensors. Only safetensors files and pickles that
-hold nothing but tensors are read.
+Weights are dictionaries of tensors; nothing here depends on the model classes. They are read from safetensors files, and from
+pickles that contain only tensors.
 """
 
 import math
@@ -20,164 +20,192 @@ from torch import Tensor, nn
 from funnel.errors import FunnelError, error_reason, format_list
 from funnel.io import atomic_folder, existing_folder, read_json, verify_checksums, write_json
 from funnel.model.config import FORMAT, FunnelConfig
-from funnel.model.flops import count_encoder_parameters
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-TOKENIZER = "tokenizer.json"
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-FLOATS_TEXT = "float32, float16, bfloat16 or float64"
-BODY = ("embeddings.", "encoder.", "decoder.")  # every other name belongs to a task's head
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+BODY = ("embeddings.", "encoder.", "decoder.")  # prefixes of the body's weights; all others belong to a task head
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Checkpoint(NamedTuple):
-    """What a folder holds: the config, the weights by name, and the name of the class that wrote them."""
+    """The contents of a checkpoint folder.
+
+    Attributes:
+        config: the model's config.
+        weights: its state dict.
+        architecture: name of its class, a key of `heads.MODELS`.
+    """
 
     config: FunnelConfig
     weights: dict[str, Tensor]
     architecture: str
 
 
-def is_checkpoint(folder: str | Path) -> bool:
-    """Whether a folder is in our format, whole or not."""
+def is_funnel_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder has this project's format, intact or not."""
     try:
         return "format" in read_json(existing_folder(folder) / CONFIG)
     except FunnelError:
         return False
 
 
-def load(folder: str | Path) -> Checkpoint:
-    """Reads a checkpoint folder of ours.
+def best_checkpoint(folder: Path) -> Path:
+    """The best checkpoint of a training run, if the folder is a run's; otherwise the folder itself.
 
     Raises:
-        FunnelError: a file is missing or damaged, the format is another one, or a weight is not finite.
+        FunnelError: the run has no best checkpoint yet.
+    """
+    if not (folder / "run.json").is_file():
+        return folder
+    try:
+        return existing_folder(folder / "best")
+    except FunnelError:
+        raise FunnelError(f"{folder}: the run has no best checkpoint yet; wait for its first evaluation") from None
+
+
+def load_checkpoint(folder: str | Path) -> Checkpoint:
+    """Loads a checkpoint folder.
+
+    Raises:
+        FunnelError: a file is missing or damaged, the folder has a different format, or a weight is not finite.
     """
     folder = existing_folder(folder)
-    values = _own_config(folder)
-    config = FunnelConfig.from_dict(values, str(folder / CONFIG))
+    values = read_json(folder / CONFIG)
+    config = parse_config(values, folder / CONFIG)
     verify_checksums(folder, [WEIGHTS])
-    weights = read_weights(folder / WEIGHTS)
-    there, asked = sum(tensor.numel() for tensor in weights.values()), count_encoder_parameters(config)
-    if asked > 2 * there + 10**6:  # before a model of that size is built; what is nearer is told by names and shapes
-        raise FunnelError(f"{folder}: weights and config do not fit: config.json asks for {asked:,}, the file has {there:,}")
-    return Checkpoint(config, weights, architecture(values))
+    weights = read_weight_file(folder / WEIGHTS)
+    _check_size(config, weights, folder)
+    return Checkpoint(config, weights, read_architecture(values))
 
 
 def load_config(folder: str | Path) -> FunnelConfig:
-    """Reads the config of a checkpoint folder of ours, without its weights.
+    """Loads a checkpoint folder's config, without its weights.
 
     Raises:
-        FunnelError: the file is missing or damaged, or the format is another one.
+        FunnelError: the file is missing or damaged, or the folder has a different format.
     """
-    folder = existing_folder(folder)
-    return FunnelConfig.from_dict(_own_config(folder), str(folder / CONFIG))
+    path = existing_folder(folder) / CONFIG
+    return parse_config(read_json(path), path)
 
 
-def _own_config(folder: Path) -> dict[str, Any]:
-    """The values of a folder's config.json, once it is certain that they are in our format."""
-    values = read_json(folder / CONFIG)
+def parse_config(values: Mapping[str, Any], path: Path) -> FunnelConfig:
+    """Converts the contents of a config.json in this project's format.
+
+    Args:
+        path: the file's path, for error messages.
+
+    Raises:
+        FunnelError: the format is not this project's, or a field is unknown or invalid.
+    """
     if values.get("format") != FORMAT:
         raise FunnelError(
-            f"{folder / CONFIG}: no checkpoint of this project (format {values.get('format')!r}, not {FORMAT!r}); "
-            f"bring it in with: python convert_weights.py {folder} OUT"
+            f"{path}: not a checkpoint of this project (format {values.get('format')!r}, expected {FORMAT!r}); "
+            f"convert it first: python convert_weights.py {path.parent} OUT"
         )
     known = {*FunnelConfig().to_dict(), "format", "model_type", "architectures"}
     if unknown := sorted(set(values) - known):
-        raise FunnelError(f"{folder / CONFIG}: unknown field {unknown[0]!r}; remove it or correct its name")
-    return values
+        raise FunnelError(f"{path}: unknown field {unknown[0]!r}; remove it or correct its name")
+    return FunnelConfig.from_dict(values, str(path))
 
 
-def architecture(values: Mapping[str, Any]) -> str:
-    """The first of a config's `architectures`, or nothing."""
+def read_architecture(values: Mapping[str, Any]) -> str:
+    """The first of a config.json's `architectures`, or "" if there are none."""
     names = values.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
-def save(
-    folder: str | Path,
-    config: FunnelConfig,
-    weights: Mapping[str, Tensor],
-    architecture: str,
-    extra: Callable[[Path], None] | None = None,
-    kept: int = 1,
+def _check_size(config: FunnelConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Rejects a corrupt config before a huge model is built from it. Smaller mismatches are found name by name."""
+    width, layers = config.n_head * config.d_head, sum(block.layers for block in config.blocks)
+    expected = config.vocab_size * config.d_model + layers * config.d_model * (5 * width + 2 * config.d_inner)  # matrices only
+    actual = sum(tensor.numel() for tensor in weights.values())
+    if expected > 2 * actual + 10**6:
+        raise FunnelError(
+            f"{folder}: weights and config do not match: {CONFIG} implies at least {expected:,} parameters, "
+            f"{WEIGHTS} has {actual:,}"
+        )
+
+
+def save_checkpoint(
+    folder: str | Path, checkpoint: Checkpoint, extra: Callable[[Path], None] | None = None, keep: int = 1
 ) -> None:
-    """Writes a checkpoint folder, whole or not at all.
+    """Writes a checkpoint folder atomically.
 
     Args:
-        folder: is replaced if it exists.
-        architecture: name of the model's class.
-        extra: called with the folder being written, for further files (tokenizer, training state).
-        kept: as in `write_folder`.
-    """
-    values = {"format": FORMAT, "model_type": "funnel", "architectures": [architecture], **config.to_dict()}
+        folder: replaced if it exists.
+        extra: called with the temporary folder, to write further files (tokenizer, training state).
+        keep: number of versions to keep, as in `io.atomic_folder`.
 
-    with atomic_folder(folder, kept) as target:
-        write_json(target / CONFIG, values)
-        save_weights(target / WEIGHTS, weights)
+    Raises:
+        FunnelError: the folder cannot be written; the previous version is intact.
+    """
+    values = {"format": FORMAT, "model_type": "funnel", "architectures": [checkpoint.architecture]}
+    with atomic_folder(folder, keep) as temporary:
+        write_json(temporary / CONFIG, {**values, **checkpoint.config.to_dict()})
+        save_weights(temporary / WEIGHTS, checkpoint.weights)
         if extra is not None:
-            extra(target)
+            extra(temporary)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> list[str]:
     """Copies weights into a model.
 
-    The body must be there and fit; a decoder that the model does not have is left out. A head may be missing or made
-    for another task (other names or shapes): the model's own head then stays as it was drawn.
+    The body must match exactly, except that decoder weights are ignored if the model has no decoder. Head weights that are
+    missing or have another shape (another task's) keep the model's initialization.
 
     Args:
-        source: where the weights come from, for messages.
+        source: where the weights come from; prefixed to error messages.
 
     Returns:
-        Names of the model's head weights that were not in `weights`, for the caller to mention.
+        Names of the head weights that were not loaded.
 
     Raises:
-        FunnelError: a name of the body is missing or left over, or a shape does not fit.
+        FunnelError: a weight of the body is missing, unexpected or has the wrong shape.
     """
-    own = model.state_dict()
-    has_decoder = any(name.startswith("decoder.") for name in own)
-    missing = [n for n in own if n.startswith(BODY) and n not in weights]
-    left_over = [n for n in weights if n.startswith(BODY) and n not in own and (has_decoder or not n.startswith("decoder."))]
-    if missing or left_over:
-        raise FunnelError(f"{source}: weights and config do not fit: {names_text(missing, left_over)}")
-    fresh = []
-    for name, tensor in own.items():
+    state = model.state_dict()
+    ignored = BODY if any(name.startswith("decoder.") for name in state) else BODY[:2]
+    missing = [name for name in state if name.startswith(BODY) and name not in weights]
+    unexpected = [name for name in weights if name.startswith(ignored) and name not in state]
+    check_names(missing, unexpected, source)
+    new = []
+    for name, tensor in state.items():
         if name.startswith(BODY):
             check_shape(name, weights[name], tensor, source)
         elif name not in weights or weights[name].shape != tensor.shape:
-            fresh.append(name)
+            new.append(name)
             continue
         with torch.no_grad():
             tensor.copy_(weights[name])
-    return fresh
+    return new
 
 
-def check_shape(name: str, given: Tensor, expected: Tensor, source: str | Path) -> None:
-    """Raises FunnelError if a weight has not the shape that the config asks for."""
-    if given.shape != expected.shape:
-        raise FunnelError(
-            f"{source}: weight {name} has shape {list(given.shape)}, but the config asks for {list(expected.shape)}"
-        )
+def check_names(missing: list[str], unexpected: list[str], source: str | Path) -> None:
+    """Raises FunnelError if there are missing or unexpected weights."""
+    problems = {"missing": missing, "unexpected": unexpected}
+    lists = [f"{problem} {format_list(names, 3)}" for problem, names in problems.items() if names]
+    if lists:
+        raise FunnelError(f"{source}: weights and config do not match: {'; '.join(lists)}")
 
 
-def names_text(missing: list[str], left_over: list[str], most: int = 3) -> str:
-    """ "missing a, b, c and 5 more; left over d", for an error's line."""
-    found = {"missing": missing, "left over": left_over}
-    return "; ".join(f"{word} {format_list(names, most)}" for word, names in found.items() if names)
+def check_shape(name: str, tensor: Tensor, expected: Tensor, source: str | Path) -> None:
+    """Raises FunnelError if a weight does not have the shape that the config implies."""
+    if tensor.shape != expected.shape:
+        raise FunnelError(f"{source}: weight {name} has shape {list(tensor.shape)}, the config implies {list(expected.shape)}")
 
 
 # --- weight files -----------------------------------------------------------------------------------------------------
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file, a pickle of tensors, or the shards that an `.index.json` file names.
+def read_weight_file(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file, a pickle of tensors, or the shards listed in an `.index.json` file.
 
     Raises:
-        FunnelError: the file is missing, damaged, or a pickle that holds more than tensors; or a weight is no plain
-            floating-point tensor or not finite.
+        FunnelError: the file is missing or damaged, a pickle contains more than tensors, or a weight is not a dense
+            floating-point tensor or is not finite.
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path)
-    if not os.path.isfile(path):  # pathlib's raises an error for a name that is too long
-        raise FunnelError(f"{path}: no such file; a checkpoint needs its weights")
+    if not os.path.isfile(path):  # Path.is_file raises for a name too long for the file system
+        raise FunnelError(f"{path}: no such file; the checkpoint's weights are missing")
     weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     check_finite(weights, str(path))
     return weights
@@ -188,41 +216,38 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
-        raise FunnelError(
-            f"{path}: damaged or cut-off safetensors file ({error_reason(error)}); copy or download it again"
-        ) from None
+        raise FunnelError(f"{path}: damaged safetensors file ({error_reason(error)}); copy or download it again") from None
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            values = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything, from EOFError to a zip reader's RuntimeError
+        if isinstance(error, pickle.UnpicklingError) and (
+            "Unsupported global" in str(error) or "Unsupported class" in str(error)
+        ):
             raise FunnelError(
-                f"{path}: this pickle holds more than tensors and could run code, so it is not loaded; "
+                f"{path}: this pickle contains more than tensors and could run code, so it is not loaded; "
                 "ask its author for a safetensors file"
             ) from None
         raise FunnelError(f"{path}: damaged torch file ({error_reason(error)}); copy or download it again") from None
-    except Exception as error:  # a damaged file can raise anything, from EOFError to a zip reader's RuntimeError
-        raise FunnelError(f"{path}: damaged torch file ({error_reason(error)}); copy or download it again") from None
-    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
-        raise FunnelError(f"{path}: holds no table of tensors by name; give a file with the state dict alone")
-    return {str(name): tensor for name, tensor in values.items()}
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise FunnelError(f"{path}: not a dictionary of tensors; expected a file with the state dict only")
+    return {str(name): tensor for name, tensor in weights.items()}
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise FunnelError(f"{index}: has no weight_map, a table from weight names to files")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise FunnelError(f"{index}: no weight_map from weight names to file names")
     weights: dict[str, Tensor] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
-            raise FunnelError(f"{index}: names the file {name!r}, which is not in its own folder")
-        weights.update(read_weights(index.parent / name))
-    if missing := sorted(set(weight_map) - set(weights)):
-        raise FunnelError(f"{index}: promises weights that its files do not have: {names_text(missing, [])}")
+            raise FunnelError(f"{index}: shard {name!r} is not in the same folder")
+        weights.update(read_weight_file(index.parent / name))
+    check_names(sorted(set(weight_map) - set(weights)), [], index)
     return weights
 
 
@@ -230,35 +255,27 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file."""
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
     path.touch()
-    mode = path.stat().st_mode  # as the user's umask has it; safetensors lets nobody else read
-    save_file(tensors, path, metadata={"format": "pt"})
+    mode = path.stat().st_mode  # set by the umask; safetensors would make the file unreadable for other users
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # not an OSError, even if the disk is full
+        raise FunnelError(f"cannot write {path} ({error_reason(error)})") from None
     path.chmod(mode)
 
 
 def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
-    """Raises FunnelError if a weight is no plain floating-point tensor, or NaN or infinite somewhere, naming the first."""
+    """Raises FunnelError for the first weight that is not a dense floating-point tensor or is not finite."""
     for name, tensor in weights.items():
-        if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
-            if name.endswith("position_ids"):  # a count that old BERT files carry along
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+            if name.endswith("position_ids"):  # an integer buffer in old BERT files
                 continue
-            raise FunnelError(f"{source}: weight {name} is {tensor.dtype} ({tensor.layout}); weights are dense {FLOATS_TEXT}")
+            raise FunnelError(
+                f"{source}: weight {name} is {tensor.dtype} ({tensor.layout}); "
+                "expected a dense tensor of float32, float16, bfloat16 or float64"
+            )
         if not math.isfinite(tensor.sum().item()) and not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())
             raise FunnelError(
-                f"{source}: weight {name} is not finite in {bad} of {tensor.numel()} places; "
-                "the run that wrote it had diverged: take an earlier checkpoint"
+                f"{source}: weight {name} is not finite in {bad} of {tensor.numel()} elements; "
+                "the run that saved it probably diverged: use an earlier checkpoint"
             )
-
-
-def of_run(folder: Path) -> Path:
-    """A run's best checkpoint where the folder is a run's; any other folder as it is.
-
-    Raises:
-        FunnelError: the run has none yet.
-    """
-    if not (folder / "run.json").is_file():
-        return folder
-    try:
-        return existing_folder(folder / "best")
-    except FunnelError:
-        raise FunnelError(f"{folder}: the run has no best checkpoint yet; let it get to its first evaluation") from None

@@ -1,83 +1,96 @@
-"""FunnelConfig: sizes, layout and pooling choices of a model; layout strings; the sizes of the released models.
+"""FunnelConfig: model sizes, block layout and pooling options; layout strings; the released models' configs.
 
-Fields have the names of transformers' FunnelConfig. This file knows nothing of tensors.
+The fields are named as in transformers' FunnelConfig, except `blocks`. Nothing here depends on torch.
 """
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from funnel.errors import FunnelError
 
-FORMAT = "funnel-1"  # marks a config.json as ours, and says which version of it
-LARGEST = 10_000_000  # of any one size: beyond it a config is damaged, not ambitious
-MOST_LAYERS = 2_000  # in all
+FORMAT = "funnel-1"  # marks a config.json as this project's, with the version of the format
+MAX_SIZE = 10_000_000  # limit for any dimension, to reject corrupt configs
+MAX_LAYERS = 2_000  # limit for the whole model, to reject corrupt configs
+MAX_RUNS = 20_000  # limit for layers times repeats, to reject corrupt configs
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
-INITS = ("identity", "copy", "random")  # what new layers start as: funnel.layout
-KEEPS = ("spread", "first", "last")  # which layers stay where there are too many
 PROBLEM_TYPES = ("single_label_classification", "regression")
 
 
-def parse_blocks(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Reads a layout string: layers a block, with a comma (or, in the original's files, an underscore) between blocks.
+class BlockSpec(NamedTuple):
+    """One block of the layout.
+
+    Attributes:
+        layers: number of layers, each with its own weights.
+        repeats: how many times in a row each layer runs, with shared weights.
+    """
+
+    layers: int
+    repeats: int = 1
+
+    @property
+    def runs(self) -> int:
+        """Number of layers executed in a forward pass."""
+        return self.layers * self.repeats
+
+
+def parse_blocks(text: str) -> tuple[BlockSpec, ...]:
+    """Parses a layout string.
 
     Args:
-        text: "4,4,4", or "6,3x2,3x2" for one block of 6 layers and two of 3 layers that run twice each.
-
-    Returns:
-        Layers and repeats of each block: (6, 3, 3) and (1, 2, 2).
+        text: layers per block, such as "4,4,4"; "6,3x2,3x2" is a block of 6 layers followed by two blocks of 3 layers
+            that run twice each. Underscores may replace the commas, as in the original config files.
 
     Raises:
-        FunnelError: if a part is not N or NxR with whole numbers from 1 to 999.
+        FunnelError: a part is not N or NxR with integers from 1 to 999.
     """
-    sizes, repeats = [], []
+    blocks = []
     for part in re.split("[,_]", text):
         match = re.fullmatch(r"\s*([1-9][0-9]{0,2})(?:x([1-9][0-9]{0,2}))?\s*", part, re.ASCII)
         if match is None:
-            raise FunnelError(
-                f"--blocks {text!r}: {part.strip()!r} is no block; write layers (1 to 999) with commas between the blocks, "
-                "as in 4,4,4, or layers x repeats, as in 6,3x2,3x2"
-            )
-        sizes.append(int(match[1]))
-        repeats.append(int(match[2] or 1))
-    return tuple(sizes), tuple(repeats)
+            raise FunnelError(f"invalid blocks {text!r}: expected layer counts such as 4,4,4 or 6,3x2,3x2", "blocks")
+        blocks.append(BlockSpec(int(match[1]), int(match[2] or 1)))
+    return tuple(blocks)
 
 
-def format_blocks(block_sizes: tuple[int, ...], block_repeats: tuple[int, ...]) -> str:
-    """The layout string of a config: the inverse of `parse_blocks`."""
-    return ",".join(f"{s}x{r}" if r > 1 else str(s) for s, r in zip(block_sizes, block_repeats, strict=True))
+def format_blocks(blocks: tuple[BlockSpec, ...]) -> str:
+    """Formats blocks as a layout string; the inverse of `parse_blocks`."""
+    return ",".join(f"{block.layers}x{block.repeats}" if block.repeats > 1 else str(block.layers) for block in blocks)
 
 
 @dataclass(frozen=True)
 class FunnelConfig:
-    """What a Funnel-Transformer looks like. Defaults are those of the released `funnel-transformer/small`.
+    """Architecture of a Funnel-Transformer. The defaults are those of `funnel-transformer/small`.
 
     Attributes:
-        vocab_size: rows of the word embeddings.
-        block_sizes: layers in each block; the sequence is halved before each block but the first.
-        block_repeats: how often each layer of a block runs in a row with the same weights; None means once.
-        num_decoder_layers: layers that run at full length behind the encoder, for tasks that label tokens.
-        d_model, n_head, d_head, d_inner: width of the model, heads, width of a head, width inside the feed-forward.
+        vocab_size: number of word embeddings.
+        blocks: layers and repeats of each block; the sequence is halved before every block but the first. The
+            constructor and `replace` also accept a layout string such as "4,4,4" or "6,3x2,3x2".
+        num_decoder_layers: layers at full length after the encoder, for token-level tasks.
+        d_model: hidden size; even.
+        n_head: attention heads per layer.
+        d_head: size of each head.
+        d_inner: hidden size of the feed-forward network.
         hidden_act: one of `ACTIVATIONS`; "gelu_new" is the tanh approximation.
-        hidden_dropout, attention_dropout, activation_dropout: probabilities, in [0, 1).
+        hidden_dropout, attention_dropout, activation_dropout: dropout probabilities, in [0, 1).
         layer_norm_eps: epsilon of every LayerNorm.
         pooling_type: "mean" or "max" over the two positions of a pair.
-        attention_type: "relative_shift" or "factorized": the paper's two ways (A.2) to compute the same scores. Both
-            load, and one implementation serves both.
-        separate_cls: position 0, [cls], is not pooled.
-        truncate_seq: pairs that are not wholly real text are dropped.
-        pool_q_only: in the layer that halves, only the query is pooled; key and value keep their length.
+        attention_type: "relative_shift" or "factorized", the paper's two algorithms (section A.2) for the same scores.
+            One implementation serves both.
+        separate_cls: exclude position 0 ([CLS]) from pooling.
+        truncate_seq: mask pairs that are not entirely real tokens.
+        pool_q_only: in the layer that halves the sequence, pool the query only, not key and value.
         id2label: names of a classifier's outputs.
         problem_type: "single_label_classification" or "regression".
 
     Raises:
-        FunnelError: a field has a value that no model can have; the message names field and value.
+        FunnelError: a field has an invalid value; the message names both.
     """
 
     vocab_size: int = 30522
-    block_sizes: tuple[int, ...] = (4, 4, 4)
-    block_repeats: tuple[int, ...] | None = None
+    blocks: tuple[BlockSpec, ...] = (BlockSpec(4), BlockSpec(4), BlockSpec(4))
     num_decoder_layers: int = 2
     d_model: int = 768
     n_head: int = 12
@@ -97,31 +110,17 @@ class FunnelConfig:
     problem_type: str = "single_label_classification"
 
     def __post_init__(self) -> None:
-        _set = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (the dataclass is frozen)
-        for name in ("block_sizes", "block_repeats"):
-            value = getattr(self, name)
-            if value is None and name == "block_repeats":
-                value = (1,) * len(self.block_sizes)
-            if not isinstance(value, (list, tuple)) or not value or not all(_is_int(v) and 1 <= v < 1000 for v in value):
-                raise FunnelError(f"config: {name} is {value!r}; it takes a list of whole numbers from 1 to 999")
-            _set(name, tuple(value))
-        assert self.block_repeats is not None
-        if len(self.block_repeats) != len(self.block_sizes):
-            raise FunnelError(
-                f"config: block_repeats {list(self.block_repeats)} and block_sizes {list(self.block_sizes)} differ in length"
-            )
-        runs = sum(size * repeat for size, repeat in zip(self.block_sizes, self.block_repeats, strict=True))
-        if sum(self.block_sizes) > MOST_LAYERS or runs > 10 * MOST_LAYERS:
-            raise FunnelError(
-                f"config: {sum(self.block_sizes):,} layers in {runs:,} runs; it takes {MOST_LAYERS:,} layers at most, "
-                f"and {10 * MOST_LAYERS:,} runs"
-            )
+        object.__setattr__(self, "blocks", _check_blocks(self.blocks))  # the dataclass is frozen
+        object.__setattr__(self, "id2label", _check_labels(self.id2label))
         for name in ("vocab_size", "d_model", "n_head", "d_head", "d_inner"):
-            self._check(name, _is_int(getattr(self, name)) and 1 <= getattr(self, name) <= LARGEST, f"1 to {LARGEST:,}")
-        self._check("num_decoder_layers", _is_int(self.num_decoder_layers) and 0 <= self.num_decoder_layers < 1000, "0 to 999")
-        self._check("d_model", self.d_model % 2 == 0, "an even number (half sines, half cosines)")
+            value = getattr(self, name)
+            self._check(name, _is_int(value) and 1 <= value <= MAX_SIZE, f"an integer from 1 to {MAX_SIZE:,}")
+        decoder_layers = self.num_decoder_layers
+        self._check("num_decoder_layers", _is_int(decoder_layers) and 0 <= decoder_layers < 1000, "an integer from 0 to 999")
+        self._check("d_model", self.d_model % 2 == 0, "an even number (half are sines, half cosines)")
         for name in ("hidden_dropout", "attention_dropout", "activation_dropout"):
-            self._check(name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+            value = getattr(self, name)
+            self._check(name, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
         self._check("layer_norm_eps", _is_number(self.layer_norm_eps) and 0 < self.layer_norm_eps < 1, "a number in (0, 1)")
         for name in ("separate_cls", "truncate_seq", "pool_q_only"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
@@ -133,60 +132,98 @@ class FunnelConfig:
         }
         for name, allowed in choices.items():
             self._check(name, getattr(self, name) in allowed, "one of " + ", ".join(allowed))
-        self._check("id2label", isinstance(self.id2label, dict) and len(self.id2label) > 0, "a table of label names")
-        try:
-            labels = {int(k): str(v) for k, v in self.id2label.items()}
-        except ValueError:
-            labels = {}
-        self._check("id2label", sorted(labels) == list(range(len(self.id2label))), "a name for each of 0, 1, 2, …")
-        _set("id2label", dict(sorted(labels.items())))
 
-    def _check(self, name: str, good: bool, wanted: str) -> None:
-        if not good:
-            raise FunnelError(f"config: {name} is {getattr(self, name)!r}; it takes {wanted}")
+    def _check(self, name: str, is_valid: bool, expected: str) -> None:
+        if not is_valid:
+            raise FunnelError(f"invalid {name} {getattr(self, name)!r}: expected {expected}")
 
     @property
     def num_labels(self) -> int:
+        """Number of classifier outputs."""
         return len(self.id2label)
 
     @property
-    def repeats(self) -> tuple[int, ...]:
-        """`block_repeats`, which is always filled in after construction."""
-        assert self.block_repeats is not None
-        return self.block_repeats
-
-    @property
     def layout(self) -> str:
-        """The layout string, as `--blocks` takes it."""
-        return format_blocks(self.block_sizes, self.repeats)
+        """The layout string, such as "4,4,4"."""
+        return format_blocks(self.blocks)
 
     def replace(self, **changes: Any) -> "FunnelConfig":
-        """A copy with some fields changed."""
-        if "block_sizes" in changes and "block_repeats" not in changes:
-            changes["block_repeats"] = None
+        """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields by name, as config.json has them."""
-        values = dataclasses.asdict(self)
-        values["block_sizes"] = list(self.block_sizes)
-        values["block_repeats"] = list(self.repeats)
-        values["id2label"] = {str(k): v for k, v in self.id2label.items()}
-        values["label2id"] = {v: k for k, v in self.id2label.items()}
-        return values
+        """Returns the fields as config.json stores them; `blocks` becomes `block_sizes` and `block_repeats`."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["blocks"]
+        return {
+            "block_sizes": [block.layers for block in self.blocks],
+            "block_repeats": [block.repeats for block in self.blocks],
+            **values,
+            "id2label": {str(number): label for number, label in self.id2label.items()},
+            "label2id": {label: number for number, label in self.id2label.items()},
+        }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str = "config") -> "FunnelConfig":
-        """Builds a config from the fields that it knows; the others are the caller's business.
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> "FunnelConfig":
+        """Builds a config from the contents of a config.json. Missing fields get their defaults, unknown ones are ignored.
+
+        Args:
+            source: where the values come from; prefixed to error messages.
 
         Raises:
-            FunnelError: a known field has an impossible value; the message begins with `source`.
+            FunnelError: a field has an invalid value.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
+        names = {f.name for f in dataclasses.fields(cls)} - {"blocks"}
+        fields = {name: value for name, value in values.items() if name in names}
         try:
-            return cls(**{k: v for k, v in values.items() if k in known})
+            if "block_sizes" in values or "block_repeats" in values:
+                fields["blocks"] = _zip_blocks(values.get("block_sizes", [4, 4, 4]), values.get("block_repeats"))
+            return cls(**fields)
         except FunnelError as error:
-            raise FunnelError(f"{source}: {str(error).removeprefix('config: ')}") from None
+            raise FunnelError(f"{source}: {error}") from None
+
+
+def _check_blocks(blocks: Any) -> tuple[BlockSpec, ...]:
+    """Converts layout strings and pairs of integers; checks the limits."""
+    if isinstance(blocks, str):
+        blocks = parse_blocks(blocks)
+    try:
+        specs = tuple(BlockSpec(*block) for block in blocks)
+    except TypeError:
+        specs = ()
+    if not specs or not all(_is_int(number) and 1 <= number < 1000 for spec in specs for number in spec):
+        raise FunnelError(f"invalid blocks {blocks!r}: expected layer counts such as 4,4,4 or 6,3x2,3x2", "blocks")
+    layers, runs = sum(spec.layers for spec in specs), sum(spec.runs for spec in specs)
+    if layers > MAX_LAYERS or runs > MAX_RUNS:
+        raise FunnelError(
+            f"invalid blocks: {layers:,} layers, {runs:,} counting repeats; "
+            f"expected at most {MAX_LAYERS:,}, and {MAX_RUNS:,} counting repeats",
+            "blocks",
+        )
+    return specs
+
+
+def _zip_blocks(sizes: Any, repeats: Any) -> tuple[BlockSpec, ...]:
+    """Combines config.json's two lists; without `block_repeats`, every layer runs once."""
+    if repeats is None and isinstance(sizes, (list, tuple)):
+        repeats = [1] * len(sizes)
+    for name, value in (("block_sizes", sizes), ("block_repeats", repeats)):
+        if not isinstance(value, (list, tuple)) or not value or not all(_is_int(n) and 1 <= n < 1000 for n in value):
+            raise FunnelError(f"invalid {name} {value!r}: expected a list of integers from 1 to 999")
+    if len(sizes) != len(repeats):
+        raise FunnelError(f"block_sizes {list(sizes)} and block_repeats {list(repeats)} differ in length")
+    return tuple(BlockSpec(*pair) for pair in zip(sizes, repeats, strict=True))
+
+
+def _check_labels(id2label: Any) -> dict[int, str]:
+    """Converts config.json's string keys to integers and sorts by number."""
+    try:
+        labels = {int(number): str(label) for number, label in id2label.items()}
+    except (AttributeError, TypeError, ValueError):
+        labels = {}
+    if not labels or sorted(labels) != list(range(len(id2label))):
+        raise FunnelError(f"invalid id2label {id2label!r}: expected a name for each of 0, 1, 2, …")
+    return dict(sorted(labels.items()))
 
 
 def _is_int(value: Any) -> bool:
@@ -197,26 +234,26 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-# The released models (github.com/laiguokun/Funnel-Transformer, its table of checkpoints). `-base` has no decoder.
-_SIZES: dict[str, dict[str, Any]] = {
-    "small": {"layout": "4,4,4"},
-    "medium": {"layout": "6,3x2,3x2"},
-    "intermediate": {"layout": "6,6,6"},
-    "large": {"layout": "8,8,8", "d_model": 1024, "n_head": 16, "d_inner": 4096},
-    "xlarge": {"layout": "10,10,10", "d_model": 1024, "n_head": 16, "d_inner": 4096},
+# The released models (table of checkpoints in github.com/laiguokun/Funnel-Transformer).
+_RELEASED: dict[str, dict[str, Any]] = {
+    "small": {"blocks": "4,4,4"},
+    "medium": {"blocks": "6,3x2,3x2"},
+    "intermediate": {"blocks": "6,6,6"},
+    "large": {"blocks": "8,8,8", "d_model": 1024, "n_head": 16, "d_inner": 4096},
+    "xlarge": {"blocks": "10,10,10", "d_model": 1024, "n_head": 16, "d_inner": 4096},
 }
 
 
 def released_config(name: str) -> FunnelConfig:
-    """The config of a released model: small, medium, intermediate, large or xlarge, each also with `-base`.
+    """The config of a released model: small, medium, intermediate, large or xlarge, or one of these with `-base`.
+
+    The `-base` models have no decoder.
 
     Raises:
         FunnelError: there is no such model.
     """
     size = name.removeprefix("funnel-transformer/")
-    base = size.endswith("-base")
-    if size.removesuffix("-base") not in _SIZES:
-        raise FunnelError(f"{name!r}: no such released model; there are {', '.join(_SIZES)}, each also with -base")
-    values = dict(_SIZES[size.removesuffix("-base")])
-    sizes, repeats = parse_blocks(values.pop("layout"))
-    return FunnelConfig(block_sizes=sizes, block_repeats=repeats, num_decoder_layers=0 if base else 2, **values)
+    fields = _RELEASED.get(size.removesuffix("-base"))
+    if fields is None:
+        raise FunnelError(f"unknown model {name!r}; choose from {', '.join(_RELEASED)}, optionally with -base")
+    return FunnelConfig(num_decoder_layers=0 if size.endswith("-base") else 2, **fields)

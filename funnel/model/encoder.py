@@ -1,10 +1,12 @@
-"""The body of the model: embeddings, layer, encoder, decoder.
+"""The model's body: embeddings, layers, blocks, encoder, decoder.
 
-    input_ids -> FunnelEmbeddings -> FunnelEncoder (blocks, each half as long as the one before) -> [cls] for classifiers
-                                       \\-> upsample + the first block's output -> FunnelDecoder -> a state for every token
+    input_ids -> FunnelEmbeddings -> FunnelEncoder (blocks, each half as long as the one before) -> [CLS] for classifiers
+                                       \\-> upsample + the first block's output -> FunnelDecoder -> a state per token
 
-Nothing is kept on modules between calls, and no Python branch depends on a tensor's values: the forward compiles to one
-graph, also with dynamic lengths. The task-specific classes are in heads.py.
+Modules keep no state between calls, and no Python branch depends on a tensor's values, so that the forward pass compiles to
+a single graph, even with dynamic lengths. The task-specific classes are in heads.py.
+
+Shapes: b examples, l input tokens, p positions of a block, d = d_model.
 """
 
 from typing import cast
@@ -15,11 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from funnel.model import pooling
-from funnel.model.attention import AttentionInputs, RelativeMultiHeadAttention, sinusoids
+from funnel.model.attention import AttentionInputs, DistanceEncodings, RelativeMultiHeadAttention, attention_inputs
 from funnel.model.config import FunnelConfig
 from funnel.model.dropout import Dropout
-
-CLS_TOKEN_TYPE = 2
+from funnel.model.pooling import Positions
 
 
 def activation(name: str, x: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def activation(name: str, x: Tensor) -> Tensor:
 
 
 class FunnelEmbeddings(nn.Module):
-    """Word embeddings, LayerNorm, dropout. Positions and token types enter in the attention. [b, l] -> [b, l, d]."""
+    """Word embeddings, LayerNorm, dropout; positions and token types enter in the attention layers. [b, l] -> [b, l, d]."""
 
     def __init__(self, config: FunnelConfig) -> None:
         super().__init__()
@@ -42,13 +43,12 @@ class FunnelEmbeddings(nn.Module):
         hidden = self.layer_norm(self.word_embeddings(input_ids))
         device = hidden.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            # Hidden states are in one dtype all the way, so that nothing is cast twice.
-            hidden = hidden.to(torch.get_autocast_dtype(device))
+            hidden = hidden.to(torch.get_autocast_dtype(device))  # one dtype for all hidden states: nothing is cast twice
         return self.dropout(hidden)
 
 
 class FunnelFeedForward(nn.Module):
-    """Two linear layers with an activation between, dropout, residual, LayerNorm. [b, l, d] -> [b, l, d]."""
+    """Linear, activation, linear, dropout, residual, LayerNorm. [b, p, d] -> [b, p, d]."""
 
     def __init__(self, config: FunnelConfig) -> None:
         super().__init__()
@@ -60,15 +60,15 @@ class FunnelFeedForward(nn.Module):
         self.hidden_dropout = Dropout(config.hidden_dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        inner = self.activation_dropout(activation(self.hidden_act, self.linear_1(hidden)))  # [b, l, d_inner]
+        inner = self.activation_dropout(activation(self.hidden_act, self.linear_1(hidden)))  # [b, p, d_inner]
         return self.layer_norm(hidden + self.hidden_dropout(self.linear_2(inner)))
 
 
 class FunnelLayer(nn.Module):
-    """Attention and feed-forward. query [b, q, d], key_value [b, k, d] -> [b, q, d].
+    """Attention and feed-forward network. query [b, q, d], key_value [b, k, d] -> [b, q, d].
 
-    With `gradient_checkpointing` it keeps its input only, and runs again when its gradient is needed: a third more time
-    for a fraction of the memory.
+    With `gradient_checkpointing`, it saves only its inputs and is recomputed in the backward pass, which takes a third more
+    time and a fraction of the memory.
     """
 
     def __init__(self, config: FunnelConfig) -> None:
@@ -86,140 +86,106 @@ class FunnelLayer(nn.Module):
         return self.ffn(self.attention(query, key_value, inputs))
 
 
-class AttentionInputsBuilder(nn.Module):
-    """Builds the `AttentionInputs` of every block, from lengths, mask and token types alone.
+class FunnelBlock(nn.ModuleList):
+    """Halves the sequence, except in block 0, then runs its layers at the new length, each `repeats` times in a row.
 
-    Sines and cosines are computed once, over every distance in tokens; a block at stride s reads every s-th. They go
-    through dropout first, as in the paper's code, so that all layers of a step see the same.
+    The first run does the pooling: its queries are the pooled sequence, its keys and values the unpooled one
+    (`pool_q_only`) or the pooled one.
+
+    Args of forward:
+        hidden: [b, l, d], the previous block's output.
+        positions: those of `hidden`.
+        encodings: [2 length + 1, d], from `DistanceEncodings`.
+        length: number of input tokens.
+        cls_only: compute only position 0 in the last run.
+
+    Returns:
+        The states after each run, [b, p, d] each (with `cls_only`, the last one is [b, 1, d]), and their positions.
     """
 
-    def __init__(self, config: FunnelConfig) -> None:
-        super().__init__()
+    def __init__(self, config: FunnelConfig, index: int) -> None:
+        super().__init__(FunnelLayer(config) for _ in range(config.blocks[index].layers))
         self.config = config
-        self.sine_dropout = Dropout(config.hidden_dropout, by_text=False)
-        self.cosine_dropout = Dropout(config.hidden_dropout, by_text=False)
+        self.pools = index > 0
+        self.repeats = config.blocks[index].repeats
 
-    def distances(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Encodings of the distances from `length` down to -`length`, [2 length + 1, d]."""
-        exact = dtype if dtype == torch.float64 else torch.float32  # angles in bfloat16 would be noise
-        steps = torch.arange(length, -length - 1, -1, device=device).to(exact)
-        sines, cosines = sinusoids(steps, self.config.d_model)
-        return torch.cat([self.sine_dropout(sines), self.cosine_dropout(cosines)], dim=1).to(dtype)
+    def forward(
+        self, hidden: Tensor, positions: Positions, encodings: Tensor, length: int, cls_only: bool
+    ) -> tuple[list[Tensor], Positions]:
+        query, keys = hidden, positions
+        if self.pools:
+            query = pooling.pool_hidden(hidden, positions.mask, self.config)  # [b, p, d]
+            positions = pooling.pool_positions(positions, self.config)
+            if not self.config.pool_q_only:
+                hidden, keys = query, positions
 
-    def inputs(
-        self,
-        encodings: Tensor,
-        query: tuple[int, Tensor],
-        key: tuple[int, Tensor, Tensor],
-        length: int,
-    ) -> AttentionInputs:
-        """The inputs of a layer whose queries are at one block's positions and whose keys at the same or a former one's.
-
-        Args:
-            encodings: from `distances`.
-            query: block and token types [b, q] of the queries.
-            key: block, token types [b, k] and mask [b, k] of the keys.
-            length: positions of the model's input.
-        """
-        query_block, query_types = query
-        key_block, key_types, key_mask = key
-        queries, keys = query_types.shape[1], key_types.shape[1]
-
-        stride = pooling.spacing(key_block)
-        step = pooling.spacing(query_block) // stride
-        offset = pooling.first_position(query_block, self.config) - pooling.first_position(key_block, self.config)
-        largest = offset + step * stride * (queries - 1)  # the distance from the last query to the first key
-        distances = largest - stride * torch.arange(keys + step * queries, device=encodings.device)
-        # Beyond the text lie only [cls]'s own distances, which count for nothing, and the shift's last, unread columns.
-        positions = encodings[(length - distances).clamp(0, 2 * length)]
-
-        segments = self._segments(query_types, is_query=True), self._segments(key_types, is_query=False)
-        return AttentionInputs(key_mask, positions, step, *(x.to(encodings.dtype) for x in segments))
-
-    def _segments(self, types: Tensor, is_query: bool) -> Tensor:
-        """The segment channels of queries or keys (see `AttentionInputs`): all keys, and one for each token type. [b, n, 4]."""
-        kinds = types.unsqueeze(2) == torch.arange(3, device=types.device)  # [b, n, 3]
-        if is_query and not self.config.separate_cls:  # [cls] is of the same segment as every token
-            everywhere = (types == CLS_TOKEN_TYPE).unsqueeze(2)
-            kinds = torch.cat([kinds[..., :CLS_TOKEN_TYPE] | everywhere, torch.ones_like(everywhere)], dim=2)
-        channels = torch.cat([torch.ones_like(kinds[..., :1]), kinds], dim=2)
-        if self.config.separate_cls:
-            channels = torch.cat([torch.zeros_like(channels[:, :1]), channels[:, 1:]], dim=1)
-        return channels
+        runs = [cast(FunnelLayer, layer) for layer in self for _ in range(self.repeats)]
+        states: list[Tensor] = []
+        queries, inputs = positions, None
+        for run, layer in enumerate(runs):
+            if cls_only and run == len(runs) - 1:
+                query, queries, inputs = query[:, :1], positions.cls_only(), None
+            if inputs is None:
+                inputs = attention_inputs(encodings, length, queries, keys, self.config)
+            query = hidden = layer(query, hidden, inputs)
+            states.append(hidden)
+            if keys is not positions:  # only the first run reads the unpooled sequence
+                keys, inputs = positions, None
+        return states, positions
 
 
 class FunnelEncoder(nn.Module):
-    """The blocks.
+    """Runs the blocks.
 
     Args of forward:
         hidden: [b, l, d], embeddings.
         mask: [b, l], true where a token is real.
         token_type_ids: [b, l].
-        cls_only: the very last run of a layer computes position 0 alone, which is all that a classifier reads.
+        cls_only: compute only position 0 in the very last run, which is all that a classifier reads.
 
     Returns:
-        The states after the embeddings and after every run of a layer, first to last, each [b, its block's length, d];
-        and the mask of the last block, [b, p].
+        The states after the embeddings and after every run of a layer, in order, each [b, its block's length, d]; and the
+        mask of the last block, [b, p].
     """
 
     def __init__(self, config: FunnelConfig) -> None:
         super().__init__()
-        self.config = config
-        self.attention_inputs = AttentionInputsBuilder(config)
-        self.blocks = nn.ModuleList(nn.ModuleList(FunnelLayer(config) for _ in range(n)) for n in config.block_sizes)
+        self.distance_encodings = DistanceEncodings(config)
+        self.blocks = nn.ModuleList(FunnelBlock(config, index) for index in range(len(config.blocks)))
 
     def layers(self, block: int) -> list[FunnelLayer]:
         """The layers of a block."""
-        return [cast(FunnelLayer, layer) for layer in cast(nn.ModuleList, self.blocks[block])]
+        return [cast(FunnelLayer, layer) for layer in cast(FunnelBlock, self.blocks[block])]
 
     def forward(
         self, hidden: Tensor, mask: Tensor, token_type_ids: Tensor, cls_only: bool = False
     ) -> tuple[list[Tensor], Tensor]:
-        config, build = self.config, self.attention_inputs
         length = hidden.shape[1]
-        encodings = build.distances(length, hidden.dtype, hidden.device)
+        encodings = self.distance_encodings(length, hidden.dtype, hidden.device)
+        positions = Positions(0, mask, token_type_ids)
         states = [hidden]
-        types = token_type_ids
-        for b in range(len(self.blocks)):
-            query = key_value = hidden
-            keys = (b, types, mask)
-            if b > 0:
-                pooled_mask = pooling.pool_mask(mask, config)
-                pooled_types = pooling.pool_token_types(types, mask, config)
-                query = pooling.pool_hidden(hidden, mask, config)
-                keys = (b - 1, types, mask)
-                if not config.pool_q_only:
-                    key_value, keys = query, (b, pooled_types, pooled_mask)
-                mask, types = pooled_mask, pooled_types
-            runs = [layer for layer in self.layers(b) for _ in range(config.repeats[b])]
-            inputs = None
-            for run, layer in enumerate(runs):
-                query_types = types
-                if cls_only and b == len(self.blocks) - 1 and run == len(runs) - 1:
-                    query, query_types, inputs = query[:, :1], types[:, :1], None
-                if inputs is None:
-                    inputs = build.inputs(encodings, (b, query_types), keys, length)
-                hidden = query = key_value = layer(query, key_value, inputs)
-                states.append(hidden)
-                if keys[0] != b:  # only the first run reads the former block
-                    keys, inputs = (b, types, mask), None
-        return states, mask
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            block_states, positions = block(states[-1], positions, encodings, length, cls_only and index == last)
+            states += block_states
+        return states, positions.mask
 
 
 class FunnelDecoder(nn.Module):
-    """Layers at full length behind the upsampled encoder. [b, l, d] -> the states after each layer, [b, l, d] each."""
+    """Layers at full length after the upsampled encoder output. [b, l, d] -> input and each layer's output, [b, l, d] each."""
 
     def __init__(self, config: FunnelConfig) -> None:
         super().__init__()
-        self.attention_inputs = AttentionInputsBuilder(config)
+        self.config = config
+        self.distance_encodings = DistanceEncodings(config)
         self.layers = nn.ModuleList(FunnelLayer(config) for _ in range(config.num_decoder_layers))
 
     def forward(self, hidden: Tensor, mask: Tensor, token_type_ids: Tensor) -> list[Tensor]:
         length = hidden.shape[1]
-        encodings = self.attention_inputs.distances(length, hidden.dtype, hidden.device)
-        inputs = self.attention_inputs.inputs(encodings, (0, token_type_ids), (0, token_type_ids, mask), length)
+        encodings = self.distance_encodings(length, hidden.dtype, hidden.device)
+        positions = Positions(0, mask, token_type_ids)
+        inputs = attention_inputs(encodings, length, positions, positions, self.config)
         states = [hidden]
         for layer in self.layers:
-            hidden = layer(hidden, hidden, inputs)
-            states.append(hidden)
+            states.append(layer(states[-1], states[-1], inputs))
         return states

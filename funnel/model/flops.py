@@ -1,30 +1,37 @@
-"""What a layout module_costs before anyone pays for it: lengths, parameters, FLOPs, of the whole and of each block.
+"""The cost of a model: parameters, FLOPs and activation memory of each part, without running it.
 
-FLOPs are those of the matrix products of a forward pass, a multiplication and an addition counted as two, as
-torch.utils.flop_counter counts them; a training step is three times that. Nothing is built or run to find out.
+Parameters and FLOPs are counted on the model itself, on PyTorch's meta device, where nothing is computed or allocated.
+FLOPs are those of the matrix products of a forward pass, with a multiply-add counted as two; a training step takes three
+times as many.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
-from funnel.errors import FunnelError
-from funnel.model import attention_backends, pooling
-from funnel.model.config import FunnelConfig
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-SEGMENT_CHANNELS = 4  # of attention.py
+from funnel.errors import FunnelError
+from funnel.model import pooling
+from funnel.model.attention_backends import attention_backend
+from funnel.model.config import FunnelConfig
+from funnel.model.heads import FunnelForSequenceClassification, FunnelForTokenClassification, FunnelPreTrainedModel
+from funnel.model.tiled_attention import MAX_KEYS_TO_SAVE
+
+SEGMENT_CHANNELS = 4  # as in attention.py
 
 
 class ModuleCost(NamedTuple):
-    """The cost of a part of a model.
+    """The cost of one part of a model.
 
     Attributes:
-        name: "embeddings", "block 0" …, "decoder", "head".
-        layers: layers with weights of their own.
-        runs: layers as they run, repeats counted.
-        length: positions that it runs at; 0 where that has no meaning.
-        parameters: how many weights it has.
-        flops: of a forward pass over one text.
-        activations: numbers a text that training keeps for the backward pass, about.
+        name: "embeddings", "block 0", …, "decoder", "head".
+        layers: number of layers, each with its own weights.
+        runs: number of layers executed in a forward pass, repeats included.
+        length: sequence length; 0 for the head.
+        parameters: number of weights.
+        flops: FLOPs of a forward pass, per example.
+        activations: approximate number of elements saved for the backward pass, per example.
     """
 
     name: str
@@ -36,85 +43,84 @@ class ModuleCost(NamedTuple):
     activations: int
 
 
-def layer_parameters(config: FunnelConfig) -> int:
-    """Weights of one layer."""
-    d, width, inner = config.d_model, config.n_head * config.d_head, config.d_inner
-    attention = 5 * d * width + 2 * width + 3 * width + 2 * width + d  # q, k, v, r, post; k, v; r_*_bias; seg_embed; post
-    return attention + 2 * d * inner + inner + d + 2 * 2 * d  # and two LayerNorms
-
-
-def layer_flops(config: FunnelConfig, queries: int, keys: int, step: int, texts: int = 1) -> float:
-    """FLOPs a text of one layer's forward pass.
+def module_costs(config: FunnelConfig, length: int, batch_size: int = 1) -> list[ModuleCost]:
+    """The costs of a classifier's parts, in order of execution; of a token classifier's if the config has a decoder.
 
     Args:
-        step: 2 in a layer that pools its query, otherwise 1.
-        texts: in a batch, which computes the projected distances once.
+        length: tokens per example.
+        batch_size: examples per batch; the distances between positions are projected once per batch.
     """
-    d, width, inner = config.d_model, config.n_head * config.d_head, config.d_inner
-    distances = keys + step * queries
-    projections = 2 * queries * d * width + 2 * keys * d * width + distances * d * width / texts
-    scores = 2 * queries * keys * width + queries * distances * width  # content and values; position
-    segments = queries * width * SEGMENT_CHANNELS + config.n_head * queries * keys * SEGMENT_CHANNELS
-    return 2 * (projections + scores + segments + 2 * queries * d * inner)
+    model = _meta_model(config)
+    flops = _count_flops(model, length, batch_size)
+    lengths = pooling.block_lengths(length, config)
+    parts = {"embeddings": ModuleCost("embeddings", 0, 0, length, 0, 0, 3 * length * config.d_model)}
+    for index, block in enumerate(config.blocks):
+        activations = _block_activations(config, index, lengths)
+        parts[f"encoder.blocks.{index}"] = ModuleCost(
+            f"block {index}", block.layers, block.runs, lengths[index], 0, 0, activations
+        )
+    if layers := config.num_decoder_layers:
+        activations = layers * _layer_activations(config, length, length)
+        parts["decoder"] = ModuleCost("decoder", layers, layers, length, 0, 0, activations)
+    parts["classifier"] = ModuleCost("head", 0, 0, 0, 0, 0, 4 * config.d_model)
+    return [
+        part._replace(
+            parameters=sum(parameter.numel() for parameter in model.get_submodule(name).parameters()),
+            flops=flops.get(name, 0) // batch_size,
+        )
+        for name, part in parts.items()
+    ]
 
 
-def layer_activations(config: FunnelConfig, queries: int, keys: int) -> int:
-    """Numbers a text that one layer keeps for its backward pass in training."""
-    d, width = config.d_model, config.n_head * config.d_head
-    hidden = 6 * queries * d  # inputs of both halves, of both LayerNorms, and two dropout masks
-    heads = (3 * queries + 2 * keys) * width + 2 * queries * config.n_head * SEGMENT_CHANNELS
-    scores = 2 * config.n_head * queries * keys if keys <= attention_backends.MAX_KEYS_TO_SAVE else 0  # weights and their mask
-    return hidden + heads + scores + 2 * queries * config.d_inner
-
-
-def module_costs(config: FunnelConfig, length: int, texts: int = 1) -> list[ModuleCost]:
-    """The parts of a classifier with this config (and its decoder, if it has one), in the order in which they run.
-
-    Args:
-        length: tokens of a text.
-        texts: in a batch.
-    """
-    d = config.d_model
-    parts = [ModuleCost("embeddings", 0, 0, length, config.vocab_size * d + 2 * d, 0, 3 * length * d)]
-    sizes = pooling.lengths(length, config)
-    for block, (layers, repeats) in enumerate(zip(config.block_sizes, config.repeats, strict=True)):
-        here = sizes[block]
-        flops, activations = 0.0, 0
-        for run in range(layers * repeats):
-            reads_former = run == 0 and block > 0 and config.pool_q_only
-            is_last = block == len(sizes) - 1 and run == layers * repeats - 1
-            queries = 1 if is_last and not config.num_decoder_layers else here  # a classifier's last layer computes [cls]
-            keys, step = (sizes[block - 1], 2) if reads_former else (here, 1)
-            flops += layer_flops(config, queries, keys, step, texts)
-            activations += layer_activations(config, queries, keys)
-        parameters = layers * layer_parameters(config)
-        parts.append(ModuleCost(f"block {block}", layers, layers * repeats, here, parameters, round(flops), activations))
-    if n := config.num_decoder_layers:
-        flops = n * layer_flops(config, length, length, 1, texts)
-        kept = n * layer_activations(config, length, length)
-        parts.append(ModuleCost("decoder", n, n, length, n * layer_parameters(config), round(flops), kept))
-    labels = config.num_labels
-    parts.append(ModuleCost("head", 0, 0, 0, d * d + d + d * labels + labels, 2 * (d * d + d * labels), 4 * d))
-    return parts
-
-
-def total_flops(config: FunnelConfig, length: int, texts: int = 1) -> int:
-    """FLOPs a text of the whole forward pass; arguments as in `module_costs`."""
-    return sum(part.flops for part in module_costs(config, length, texts))
+def total_flops(config: FunnelConfig, length: int, batch_size: int = 1) -> int:
+    """FLOPs of the whole forward pass per example; arguments as in `module_costs`."""
+    return _count_flops(_meta_model(config), length, batch_size)[""] // batch_size
 
 
 def count_parameters(config: FunnelConfig) -> int:
-    """Weights of the whole model."""
-    return sum(part.parameters for part in module_costs(config, 1))
+    """Parameters of the whole model."""
+    return sum(parameter.numel() for parameter in _meta_model(config).parameters())
 
 
-def count_encoder_parameters(config: FunnelConfig) -> int:
-    """Weights of embeddings and encoder, the least that any model with this config has."""
-    return config.vocab_size * config.d_model + 2 * config.d_model + sum(config.block_sizes) * layer_parameters(config)
+def _meta_model(config: FunnelConfig) -> FunnelPreTrainedModel:
+    with torch.device("meta"):
+        return (FunnelForTokenClassification if config.num_decoder_layers else FunnelForSequenceClassification)(config).eval()
+
+
+@torch.no_grad()
+def _count_flops(model: FunnelPreTrainedModel, length: int, batch_size: int) -> dict[str, int]:
+    """FLOPs of a forward pass over a batch, by module name; "" is the whole model."""
+    with FlopCounterMode(display=False) as counter, attention_backend("eager"):
+        model(torch.ones(batch_size, length, dtype=torch.int64, device="meta"))
+    root = type(model).__name__
+    return {
+        name.removeprefix(root).removeprefix("."): sum(counts.values()) for name, counts in counter.get_flop_counts().items()
+    }
+
+
+def _block_activations(config: FunnelConfig, index: int, lengths: list[int]) -> int:
+    """Elements per example that a block saves for its backward pass."""
+    total = 0
+    for run in range(config.blocks[index].runs):
+        is_last = index == len(config.blocks) - 1 and run == config.blocks[index].runs - 1
+        # The last layer of a text classifier computes only [CLS].
+        queries = 1 if is_last and not config.num_decoder_layers else lengths[index]
+        reads_unpooled = index > 0 and run == 0 and config.pool_q_only
+        total += _layer_activations(config, queries, lengths[index - 1] if reads_unpooled else lengths[index])
+    return total
+
+
+def _layer_activations(config: FunnelConfig, queries: int, keys: int) -> int:
+    """Elements per example that one run of a layer saves for its backward pass."""
+    width = config.n_head * config.d_head
+    hidden = 6 * queries * config.d_model  # inputs of both sublayers and both LayerNorms, and two dropout masks
+    heads = (3 * queries + 2 * keys) * width + 2 * queries * config.n_head * SEGMENT_CHANNELS
+    scores = 2 * config.n_head * queries * keys if keys <= MAX_KEYS_TO_SAVE else 0  # weights and their dropout mask
+    return hidden + heads + scores + 2 * queries * config.d_inner
 
 
 def available_memory() -> int | None:
-    """Bytes of the machine's memory that are free for a new program, or None where the system does not say."""
+    """Available memory in bytes, or None if it cannot be determined."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -123,18 +129,16 @@ def available_memory() -> int | None:
 
 
 def check_memory(config: FunnelConfig, bytes_per_weight: int) -> None:
-    """Stops before a model is built that cannot fit into the machine's memory.
+    """Raises FunnelError if the model does not fit in the available memory.
 
     Args:
         bytes_per_weight: 4 for a float32 weight, 16 with its gradient and AdamW's two moments.
-
-    Raises:
-        FunnelError: its weights alone are more than what is free.
     """
     parameters = count_parameters(config)
-    needed, free = parameters * bytes_per_weight, available_memory()
-    if free is not None and needed > free:
+    needed, available = parameters * bytes_per_weight, available_memory()
+    if available is not None and needed > available:
         raise FunnelError(
-            f"blocks {config.layout}, width {config.d_model}: {parameters:,} parameters need {needed / 2**30:.1f} GiB, "
-            f"and {free / 2**30:.1f} GiB are free; take fewer layers"
+            f"blocks {config.layout} with d_model {config.d_model}: {parameters:,} parameters need {needed / 2**30:.1f} GiB, "
+            f"but only {available / 2**30:.1f} GiB are available; use fewer layers",
+            "blocks",
         )

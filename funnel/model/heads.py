@@ -1,10 +1,9 @@
-"""The models that a user loads: the bare body, and one small class a task.
+"""The models: the bare body, and one class per task.
 
-Every class is called as `model(input_ids, attention_mask=None, token_type_ids=None)` and returns a tensor. Parameters
-of the body have the same names in all of them, so any checkpoint's body fits any class. Losses are the training loop's
-business.
+Every class is called as `model(input_ids, attention_mask=None, token_type_ids=None)` and returns a tensor. The body's
+parameters have the same names in all classes, so any checkpoint's body fits any class. The training loop computes losses.
 
-Shapes: b texts, l tokens, p positions of the last block, d = d_model.
+Shapes: b examples, l tokens, p positions of the last block, d = d_model.
 """
 
 import math
@@ -17,26 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funnel.errors import FunnelError
-from funnel.model import checkpoint, pooling
+from funnel.errors import FunnelError, format_list
+from funnel.io import existing_folder
+from funnel.model import pooling
 from funnel.model.attention import RelativeMultiHeadAttention
+from funnel.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, Checkpoint, best_checkpoint, load_weights, save_checkpoint
 from funnel.model.config import FunnelConfig
 from funnel.model.dropout import Dropout
 from funnel.model.encoder import FunnelDecoder, FunnelEmbeddings, FunnelEncoder, FunnelLayer, activation
 
-AnyFunnel = TypeVar("AnyFunnel", bound="Funnel")
+Model = TypeVar("Model", bound="FunnelPreTrainedModel")
 
 
-class Funnel(nn.Module):
-    """What all models share: the body, the initialisation, loading and saving.
+class FunnelPreTrainedModel(nn.Module):
+    """Base class of all models: the body, initialization, loading and saving.
 
     Args of forward:
-        input_ids: [b, l], [cls] first.
-        attention_mask: [b, l], nonzero where a token is real; None means everywhere. Position 0 always counts.
-        token_type_ids: [b, l]: 2 for [cls], 0 for the first text, 1 for the second; None means 0 everywhere.
+        input_ids: [b, l], [CLS] first.
+        attention_mask: [b, l], nonzero where a token is real; default: everywhere. Position 0 is never masked.
+        token_type_ids: [b, l], 2 for [CLS], 0 for the first text, 1 for the second; default: 0 everywhere.
 
     Raises:
-        FunnelError: `input_ids` is not [b, l] with l >= 1, or the others differ from it in shape.
+        FunnelError: `input_ids` is not [b, l] with l >= 1, or another argument differs from it in shape.
     """
 
     has_decoder: ClassVar[bool]
@@ -52,7 +53,7 @@ class Funnel(nn.Module):
         self.initialize()
 
     def build_head(self, config: FunnelConfig) -> None:
-        """Adds what a task needs beside the body; nothing for the bare models."""
+        """Adds the task's head to the body. The bare models have none."""
 
     def encode(
         self,
@@ -64,53 +65,56 @@ class Funnel(nn.Module):
         """Runs embeddings and encoder.
 
         Args:
-            cls_only: leave out what [cls] of the last block does not need: the last state is [b, 1, d].
+            cls_only: compute only what [CLS] of the last block needs; the last state is then [b, 1, d].
 
         Returns:
-            The states after the embeddings and after every run of a layer, the last of them [b, p, d]; and the last
-            block's mask, [b, p].
+            The states after the embeddings and after every run of a layer, the last one [b, p, d]; and the last block's
+            mask, [b, p].
         """
-        mask, types = self._prepare(input_ids, attention_mask, token_type_ids)
-        return self.encoder(self.embeddings(input_ids), mask, types, cls_only)
+        mask, token_types = self._prepare_inputs(input_ids, attention_mask, token_type_ids)
+        return self.encoder(self.embeddings(input_ids), mask, token_types, cls_only)
 
     def encode_and_decode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> list[Tensor]:
-        """Runs the whole body: the encoder's states, then the decoder's, the last of them [b, l, d].
+        """Runs the whole body. Returns the encoder's states, then the decoder's, the last one [b, l, d].
 
-        The decoder's input is the upsampled last state plus the first block's output (paper section 2.3, equation 4).
+        The decoder's input is the upsampled output of the encoder plus the output of block 0 (paper section 2.3,
+        equation 4).
         """
         config = self.config
-        mask, types = self._prepare(input_ids, attention_mask, token_type_ids)
-        states, last_mask = self.encoder(self.embeddings(input_ids), mask, types)
-        first_block = states[config.block_sizes[0] * config.repeats[0]]
-        upsampled = pooling.upsample(states[-1], last_mask, input_ids.shape[1], config)
-        return states + self.decoder(upsampled + first_block, mask, types)
+        mask, token_types = self._prepare_inputs(input_ids, attention_mask, token_type_ids)
+        states, last_mask = self.encoder(self.embeddings(input_ids), mask, token_types)
+        first_block = states[config.blocks[0].runs]  # [b, l, d]
+        upsampled = pooling.upsample(states[-1], last_mask, input_ids.shape[1], config)  # [b, l, d]
+        return states + self.decoder(upsampled + first_block, mask, token_types)
 
-    def _prepare(
+    def _prepare_inputs(
         self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Checks shapes and fills in defaults: the mask as booleans and the token types, [b, l] each."""
+        """Checks shapes and fills in defaults. Returns a boolean mask and token types, [b, l] each."""
         if input_ids.dim() != 2 or input_ids.shape[1] < 1:
-            raise FunnelError(f"input_ids has shape {tuple(input_ids.shape)}; it takes [texts, tokens], one token at least")
+            raise FunnelError(
+                f"input_ids has shape {tuple(input_ids.shape)}; expected [examples, tokens] with at least one token"
+            )
         for name, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if tensor is not None and tensor.shape != input_ids.shape:
-                raise FunnelError(f"{name} has shape {tuple(tensor.shape)}, but input_ids {tuple(input_ids.shape)}")
+                raise FunnelError(f"{name} has shape {tuple(tensor.shape)}, input_ids has {tuple(input_ids.shape)}")
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
         return mask, torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Has every layer keep its input only and run again for its gradient: less memory, a third more time."""
+        """Makes every layer save only its inputs and recompute the rest in the backward pass: less memory, more time."""
         for module in self.modules():
             if isinstance(module, FunnelLayer):
                 module.gradient_checkpointing = enabled
 
     def initialize(self) -> None:
-        """Draws every weight as the authors' PyTorch code does (github.com/laiguokun/Funnel-Transformer, ops.py).
+        """Initializes all weights randomly, like the original PyTorch code (ops.py).
 
-        Linear weights are normal with variance 1 / (inputs + outputs), word embeddings standard normal, the parameters
-        of relative attention uniform in [0, 0.1); biases are 0.
+        Linear weights are normal with variance 1 / (inputs + outputs), word embeddings standard normal, the parameters of
+        relative attention uniform in [0, 0.1); biases are 0.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -127,40 +131,94 @@ class Funnel(nn.Module):
                     nn.init.uniform_(weight, 0, 0.1)
 
     @classmethod
-    def from_pretrained(cls: type[AnyFunnel], folder: str | Path) -> AnyFunnel:
-        """Loads a checkpoint folder of ours. A head that the folder does not have is drawn anew, with a warning.
+    def from_pretrained(
+        cls: type[Model],
+        path_or_hub_id: str | Path,
+        *,
+        blocks: str | None = None,
+        num_labels: int | None = None,
+        id2label: dict[int, str] | None = None,
+        init: str = "identity",
+        keep: str = "spread",
+    ) -> Model:
+        """Loads pretrained weights, optionally into another layout and with another classifier head.
+
+        Warns if the head is newly initialized because the weights have none, or one with a different number of outputs.
+
+        Args:
+            path_or_hub_id: a checkpoint folder in any supported format, a training run's folder (its best checkpoint is
+                loaded), or a hub id such as "funnel-transformer/small".
+            blocks: the new layout, such as "2,2,2,2,2,2,2"; default: that of the weights.
+            num_labels: number of classifier outputs; 1 means regression. Default: that of `id2label` or of the weights.
+            id2label: names of the outputs; default: those of the weights, or LABEL_0, LABEL_1, … for a new head.
+            init: initialization of layers that the weights do not have, one of `surgery.INITS`. The LayerNorms of identity
+                layers are estimated; `surgery.calibrate_layer_norms` measures them on texts.
+            keep: which layers to keep if the weights have more than `blocks`, one of `surgery.KEEPS`.
+
+        Returns:
+            The model, on the CPU and in evaluation mode.
 
         Raises:
-            FunnelError: the folder is no such checkpoint, or its weights do not fit its config.
+            FunnelError: the weights do not exist or are damaged, or an argument is invalid.
         """
-        saved = checkpoint.load(folder)
-        model = cls(saved.config)
-        if fresh := checkpoint.load_weights(model, saved.weights, str(folder)):
-            warnings.warn(f"{folder} has no {fresh[0]} for {cls.__name__}: the head is new and untrained", stacklevel=2)
+        from funnel.weights import surgery  # imported here because funnel.weights imports this module
+        from funnel.weights.load import read_source, resolve
+
+        try:
+            folder = best_checkpoint(existing_folder(path_or_hub_id))
+        except FunnelError:  # not a folder
+            folder = resolve(str(path_or_hub_id))
+        source = read_source(folder)
+        config = _with_labels(source.config, num_labels, id2label)
+        weights = source.weights
+        if blocks is None:
+            model = cls(config)
+        else:
+            config = config.replace(blocks=blocks)
+            plan = surgery.make_plan(source.config, config, init, keep)
+            model = cls(config)
+            weights = surgery.apply_plan(weights, plan, model.state_dict())
+        if new := load_weights(model, weights, str(folder)):
+            message = f"{path_or_hub_id}: newly initialized {format_list(new, 4)}; train the head before use"
+            warnings.warn(message, stacklevel=2)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors; `folder` has its former content until the new one is whole.
-
-        A tokenizer.json that is there stays.
+        """Writes config.json and model.safetensors atomically; keeps the folder's tokenizer.json.
 
         Raises:
-            FunnelError: the folder has other files, which would be lost, or cannot be written.
+            FunnelError: the folder contains other files, which would be lost, or cannot be written.
         """
         folder = Path(folder)
-        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        if other := sorted(there - {checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.TOKENIZER}):
-            raise FunnelError(f"{folder}: has other files ({other[0]}); name a new folder")
+        existing = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if other := sorted(existing - {CONFIG, WEIGHTS, TOKENIZER}):
+            raise FunnelError(f"{folder} contains other files ({other[0]}); choose a new folder")
 
-        def keep_tokenizer(new: Path) -> None:
-            if checkpoint.TOKENIZER in there:
-                shutil.copy(folder / checkpoint.TOKENIZER, new)
+        def copy_tokenizer(temporary: Path) -> None:
+            if TOKENIZER in existing:
+                shutil.copy(folder / TOKENIZER, temporary)
 
-        checkpoint.save(folder, self.config, self.state_dict(), type(self).__name__, keep_tokenizer)
+        save_checkpoint(folder, Checkpoint(self.config, self.state_dict(), type(self).__name__), copy_tokenizer)
 
 
-class FunnelBaseModel(Funnel):
-    """Embeddings and encoder. Returns the last block's states, [b, p, d]."""
+def _with_labels(config: FunnelConfig, num_labels: int | None, id2label: dict[int, str] | None) -> FunnelConfig:
+    """The config with another number of labels, or other names for them."""
+    if num_labels is not None and num_labels < 1:
+        raise FunnelError(f"invalid num_labels {num_labels}: expected at least 1", "num_labels")
+    if id2label is None:
+        if num_labels is None or num_labels == config.num_labels:
+            return config
+        id2label = {number: f"LABEL_{number}" for number in range(num_labels)}
+    elif num_labels is not None and num_labels != len(id2label):
+        raise FunnelError(f"num_labels is {num_labels}, but id2label has {len(id2label)} names", "num_labels")
+    if len(id2label) == config.num_labels:
+        return config.replace(id2label=id2label)
+    problem_type = "regression" if len(id2label) == 1 else "single_label_classification"
+    return config.replace(id2label=id2label, problem_type=problem_type)
+
+
+class FunnelBaseModel(FunnelPreTrainedModel):
+    """Embeddings and encoder. Returns the last block's output, [b, p, d]."""
 
     has_decoder = False
 
@@ -169,8 +227,8 @@ class FunnelBaseModel(Funnel):
         return states[-1]
 
 
-class FunnelModel(Funnel):
-    """Embeddings, encoder and decoder. Returns a state for every token, [b, l, d]."""
+class FunnelModel(FunnelPreTrainedModel):
+    """Embeddings, encoder and decoder. Returns one hidden state per token, [b, l, d]."""
 
     has_decoder = True
 
@@ -179,7 +237,7 @@ class FunnelModel(Funnel):
 
 
 class ClassificationHead(nn.Module):
-    """Linear, tanh, dropout, linear, on one state a text. [b, d] -> [b, outputs]."""
+    """Linear, tanh, dropout, linear, applied to one hidden state per example. [b, d] -> [b, outputs]."""
 
     def __init__(self, config: FunnelConfig, outputs: int) -> None:
         super().__init__()
@@ -191,8 +249,8 @@ class ClassificationHead(nn.Module):
         return self.linear_out(self.dropout(torch.tanh(self.linear_hidden(hidden))))
 
 
-class FunnelForSequenceClassification(Funnel):
-    """Reads [cls] of the last block. Returns logits [b, num_labels]; for regression (one label), the score."""
+class FunnelForSequenceClassification(FunnelPreTrainedModel):
+    """Classifies or scores texts from the last [CLS] state. Returns logits [b, num_labels]; [b, 1] scores for regression."""
 
     has_decoder = False
 
@@ -204,8 +262,8 @@ class FunnelForSequenceClassification(Funnel):
         return self.classifier(states[-1][:, 0])
 
 
-class FunnelForMultipleChoice(Funnel):
-    """Scores c choices a question. Every argument of the call is [b, c, l]; returns logits [b, c]."""
+class FunnelForMultipleChoice(FunnelPreTrainedModel):
+    """Scores the c choices of each question. All inputs are [b, c, l]. Returns logits [b, c]."""
 
     has_decoder = False
 
@@ -219,8 +277,8 @@ class FunnelForMultipleChoice(Funnel):
         return self.classifier(states[-1][:, 0]).view(input_ids.shape[:2])
 
 
-class FunnelForMaskedLM(Funnel):
-    """Predicts tokens, with the word embeddings as output weights. Returns logits [b, l, vocab_size]."""
+class FunnelForMaskedLM(FunnelPreTrainedModel):
+    """Predicts masked tokens; the output weights are the word embeddings. Returns logits [b, l, vocab_size]."""
 
     has_decoder = True
 
@@ -232,8 +290,8 @@ class FunnelForMaskedLM(Funnel):
         return F.linear(hidden, self.embeddings.word_embeddings.weight, self.lm_bias)
 
 
-class FunnelForPreTraining(Funnel):
-    """ELECTRA's discriminator: was this token replaced? Returns logits [b, l], above 0 for yes."""
+class FunnelForPreTraining(FunnelPreTrainedModel):
+    """ELECTRA's discriminator: detects replaced tokens. Returns logits [b, l], positive for "replaced"."""
 
     has_decoder = True
 
@@ -246,8 +304,8 @@ class FunnelForPreTraining(Funnel):
         return self.dense_prediction(activation(self.config.hidden_act, self.dense(hidden))).squeeze(-1)
 
 
-class FunnelForTokenClassification(Funnel):
-    """Labels tokens. Returns logits [b, l, num_labels]."""
+class FunnelForTokenClassification(FunnelPreTrainedModel):
+    """Classifies tokens. Returns logits [b, l, num_labels]."""
 
     has_decoder = True
 
@@ -259,8 +317,8 @@ class FunnelForTokenClassification(Funnel):
         return self.classifier(self.dropout(self.encode_and_decode(input_ids, attention_mask, token_type_ids)[-1]))
 
 
-class FunnelForQuestionAnswering(Funnel):
-    """Marks the span that answers. Returns logits [b, l, 2]: of the span's first token, and of its last."""
+class FunnelForQuestionAnswering(FunnelPreTrainedModel):
+    """Extracts answer spans. Returns logits [b, l, 2] for the first and the last token of the answer."""
 
     has_decoder = True
 
@@ -271,7 +329,7 @@ class FunnelForQuestionAnswering(Funnel):
         return self.qa_outputs(self.encode_and_decode(input_ids, attention_mask, token_type_ids)[-1])
 
 
-MODELS: dict[str, type[Funnel]] = {
+MODELS: dict[str, type[FunnelPreTrainedModel]] = {
     cls.__name__: cls
     for cls in (
         FunnelBaseModel,

@@ -1,5 +1,6 @@
-"""The ways of attention against the plain one in float64: values, gradients, dropout, memory."""
+"""Attention backends compared with eager in float64: values, gradients, dropout, memory; selection and weight capture."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -7,169 +8,248 @@ import torch
 from conftest import padded_batch, tiny_config
 
 from funnel.errors import FunnelError
-from funnel.model import attention_backends
-from funnel.model.attention_backends import AttentionTerms, relative_shift
-from funnel.model.heads import FunnelForSequenceClassification, FunnelModel
+from funnel.model import attention_backends, tiled_attention
+from funnel.model.attention_backends import BACKENDS, attention_backend, capture_attention_weights, compute_attention, eager
+from funnel.model.attention_terms import AttentionTerms, relative_shift
+from funnel.model.heads import FunnelForSequenceClassification, FunnelForTokenClassification, FunnelModel
+from funnel.model.tiled_attention import NUM_TENSORS
+
+tiled = BACKENDS["tiled"]
+WITH_GRADIENT = 7  # the first fields of AttentionTerms
+
+
+@pytest.fixture
+def set_limits(monkeypatch):
+    """Sets the tile size and the number of keys up to which attention weights are saved."""
+
+    def set_limits(tile_size: int, max_keys_to_save: int = 128) -> None:
+        monkeypatch.setattr(tiled_attention, "TILE_SIZE", tile_size)
+        monkeypatch.setattr(tiled_attention, "MAX_KEYS_TO_SAVE", max_keys_to_save)
+
+    return set_limits
+
+
+# --- the relative shift -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("queries", [1, 2, 5, 8])
 @pytest.mark.parametrize("keys", [1, 3, 8])
 @pytest.mark.parametrize("step", [1, 2])
-def test_the_shift_reads_the_right_distance_for_every_pair(queries, keys, step):
-    # Column c of the table stands for the distance step * (queries - 1) - c, in keys.
-    table = (step * (queries - 1) - torch.arange(keys + step * queries)).expand(1, 1, queries, -1).contiguous()
+def test_relative_shift_reads_the_distance_of_every_pair(queries, keys, step):
+    distances = step * (queries - 1) - torch.arange(keys + step * queries)  # of the table's columns, in keys
+    table = distances.expand(1, 1, queries, -1).contiguous()
     shifted = relative_shift(table, keys, step)
+    assert shifted.shape == (1, 1, queries, keys)
     for i, j in itertools.product(range(queries), range(keys)):
         assert shifted[0, 0, i, j] == step * i - j
 
 
-def test_the_shift_is_a_view():
+def test_relative_shift_is_a_view():
     table = torch.randn(2, 3, 5, 8 + 5)
     shifted = relative_shift(table, 8, 1)
     assert shifted.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
 
 
-def some_terms(b, q, k, h, c, s, step, separate_cls, dtype=torch.float64):
-    """Random terms, and those of them that have gradients."""
+# --- values and gradients ---------------------------------------------------------------------------------------------
+
+
+def random_terms(b, q, k, h, c, s, step, separate_cls, dtype=torch.float64):
+    """Random terms; those with gradients come first."""
     shapes = [(b, q, h, c), (b, k, h, c), (b, k, h, c), (k + step * q, h, c), (h, c), (h, c), (b, q, h, s)]
     generator = torch.Generator().manual_seed(0)
-    free = [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    tensors = [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for shape in shapes]
     key_segments = torch.randint(0, 2, (b, k, s), generator=generator).to(dtype)
     key_mask = torch.rand(b, k, generator=generator) > 0.3
     key_mask[:, 0] = True
-    return AttentionTerms(*free, key_segments, key_mask, step, separate_cls), free
+    return AttentionTerms(*tensors, key_segments, key_mask, step, separate_cls)
 
 
-SIZES = [
-    (3, 9, 9, 2, 4, 4, 1, True),
-    (3, 9, 9, 2, 4, 4, 1, False),
-    (2, 5, 9, 3, 4, 4, 2, True),
-    (2, 1, 9, 3, 4, 4, 1, True),
-    (1, 1, 1, 1, 2, 4, 1, True),
-    (4, 33, 65, 2, 8, 4, 2, False),
-]
+def test_the_tensor_fields_come_first():
+    terms = random_terms(2, 3, 3, 2, 4, 4, 1, True)
+    assert [isinstance(field, torch.Tensor) for field in terms] == [True] * NUM_TENSORS + [False] * 2
+    assert [field.requires_grad for field in terms[:NUM_TENSORS]] == [True] * WITH_GRADIENT + [False] * 2
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("way", ["sdpa", "tiled"])
-@pytest.mark.parametrize(("tile", "kept"), [(2**19, 128), (2**19, 0), (600, 128), (600, 0), (100, 0), (10, 0)])
-def test_all_ways_give_the_same_values_and_gradients(sizes, way, tile, kept, monkeypatch):
-    monkeypatch.setattr(attention_backends, "TILE", tile)
-    monkeypatch.setattr(attention_backends, "KEPT", kept)
-    terms, free = some_terms(*sizes)
-    expected = attention_backends.plain(terms, 0.0)
+@pytest.mark.parametrize(
+    "sizes",  # b, q, k, h, c, s, step, separate_cls
+    [
+        (3, 9, 9, 2, 4, 4, 1, True),
+        (3, 9, 9, 2, 4, 4, 1, False),
+        (2, 5, 9, 3, 4, 4, 2, True),
+        (2, 1, 9, 3, 4, 4, 1, True),
+        (1, 1, 1, 1, 2, 4, 1, True),
+        (4, 33, 65, 2, 8, 4, 2, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["sdpa", "tiled"])
+@pytest.mark.parametrize(("tile_size", "max_keys_to_save"), [(2**19, 128), (2**19, 0), (600, 128), (600, 0), (100, 0), (10, 0)])
+def test_all_backends_give_the_same_values_and_gradients(sizes, backend, tile_size, max_keys_to_save, set_limits):
+    set_limits(tile_size, max_keys_to_save)
+    terms = random_terms(*sizes)
+    expected = eager(terms, 0.0)
+    actual = BACKENDS[backend](terms, 0.0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     weight = torch.randn_like(expected)
-    found = attention_backends.BACKENDS[way](terms, 0.0)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    wanted = torch.autograd.grad((expected * weight).sum(), free)
-    for mine, reference in zip(torch.autograd.grad((found * weight).sum(), free), wanted, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("tile", [2**19, 10])
-@pytest.mark.parametrize("kept", [128, 0])
-def test_the_gradient_sees_the_same_dropout_as_the_value(tile, kept, monkeypatch):
-    monkeypatch.setattr(attention_backends, "TILE", tile)
-    monkeypatch.setattr(attention_backends, "KEPT", kept)
-    terms, free = some_terms(2, 3, 6, 2, 3, 4, 2, False)
-
-    def value(*tensors):
-        torch.manual_seed(7)
-        return attention_backends.tiled(AttentionTerms(*tensors, *terms[7:]), 0.3)
-
-    assert torch.autograd.gradcheck(value, free)
-
-
-def test_dropout_drops_weights_at_its_rate_and_keeps_the_mean():
-    b, k = 64, 200
-    terms, _ = some_terms(b, k, k, 2, 4, 4, 1, True, torch.float32)
-    v = torch.ones_like(terms.v)
-    with torch.no_grad():
-        out = attention_backends.tiled(terms._replace(v=v, q=0 * terms.q, segments=0 * terms.segments, w_bias=0 * terms.w_bias,
-                                          r_bias=0 * terms.r_bias, key_mask=torch.ones_like(terms.key_mask)), 0.25)  # fmt: skip
-    # Equal weights on values of one: each output is the mean of k masks, 0 or 4/3.
-    assert abs(out.mean().item() - 1) < 0.01
-    assert abs(out[..., 0].var().item() - (0.25 / 0.75) / k) < 0.1 * (0.25 / 0.75) / k
-
-
-@pytest.mark.parametrize("tile", [2**19, 3 * 32, 32])
-def test_every_head_text_and_query_has_a_mask_of_its_own(tile, monkeypatch):
-    monkeypatch.setattr(attention_backends, "TILE", tile)
-    b, k, h = 3, 32, 2
-    terms, _ = some_terms(b, k, k, h, k, 4, 1, True)
-    v = torch.eye(k, dtype=terms.v.dtype)[None, :, None].expand(b, k, h, k)  # the result is the weights themselves
-    with torch.no_grad():
-        weights = attention_backends.tiled(terms._replace(v=v, key_mask=torch.ones_like(terms.key_mask)), 0.5)
-    masks = (weights != 0).flatten(0, 2)  # [b * q * h, k]
-    assert len(masks.unique(dim=0)) == len(masks)
-
-
-def test_the_seed_decides_the_dropout():
-    terms, _ = some_terms(2, 9, 9, 2, 4, 4, 1, True)
-    torch.manual_seed(1)
-    first = attention_backends.tiled(terms, 0.5)
-    assert not torch.equal(attention_backends.tiled(terms, 0.5), first)
-    torch.manual_seed(1)
-    assert torch.equal(attention_backends.tiled(terms, 0.5), first)
+    expected_gradients = torch.autograd.grad((expected * weight).sum(), terms[:WITH_GRADIENT])
+    gradients = torch.autograd.grad((actual * weight).sum(), terms[:WITH_GRADIENT])
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("way", ["tiled", "sdpa"])
-def test_models_give_the_same_logits_in_every_way(dtype, tolerance, way):
+@pytest.mark.parametrize("backend", ["tiled", "sdpa"])
+def test_models_give_the_same_logits_with_all_backends(dtype, tolerance, backend):
     torch.manual_seed(0)
     model = FunnelForSequenceClassification(tiny_config(d_model=32, d_head=16)).to(dtype).eval()
     batch = padded_batch([5, 40, 64, 1])
     with torch.no_grad():
-        with attention_backends.way("plain"):
+        with attention_backend("eager"):
             expected = model(*batch)
-        with attention_backends.way(way):
+        with attention_backend(backend):
             torch.testing.assert_close(model(*batch), expected, rtol=0, atol=tolerance)
 
 
-def test_training_is_the_same_in_every_way():
-    """Loss curves of 200 steps lie on each other."""
-    curves = {}
-    for way in ("plain", "tiled"):
+def test_training_for_200_steps_gives_the_same_losses_with_the_eager_and_the_tiled_backend():
+    losses = {}
+    for backend in ("eager", "tiled"):
         torch.manual_seed(0)
         model = FunnelForSequenceClassification(tiny_config(vocab_size=99)).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         generator = torch.Generator().manual_seed(1)
-        curves[way] = []
+        losses[backend] = []
         for step in range(200):
             batch = padded_batch([9, 12, 20, 3], seed=step)
             labels = torch.randint(0, 2, (4,), generator=generator)
-            with attention_backends.way(way):
+            with attention_backend(backend):
                 loss = torch.nn.functional.cross_entropy(model(*batch), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            curves[way].append(loss.item())
-    assert len(set(curves["plain"])) > 190  # it does train
-    torch.testing.assert_close(torch.tensor(curves["tiled"]), torch.tensor(curves["plain"]), rtol=0, atol=2e-3)
+            losses[backend].append(loss.item())
+    assert len(set(losses["eager"])) > 190  # the model does train
+    torch.testing.assert_close(torch.tensor(losses["tiled"]), torch.tensor(losses["eager"]), rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_long_inputs_never_hold_all_scores(grad, monkeypatch):
-    monkeypatch.setattr(attention_backends, "TILE", 4096)
-    model = FunnelModel(tiny_config(num_decoder_layers=0)).train(grad)
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile_size", [2**19, 10])
+@pytest.mark.parametrize("max_keys_to_save", [128, 0])
+def test_gradient_uses_the_dropout_mask_of_the_forward_pass(tile_size, max_keys_to_save, set_limits):
+    set_limits(tile_size, max_keys_to_save)
+    terms = random_terms(2, 3, 6, 2, 3, 4, 2, False)
+
+    def attention(*tensors):
+        torch.manual_seed(7)
+        return tiled(AttentionTerms(*tensors, *terms[WITH_GRADIENT:]), 0.3)
+
+    assert torch.autograd.gradcheck(attention, terms[:WITH_GRADIENT])
+
+
+def test_attention_dropout_has_the_given_rate_and_keeps_the_mean():
+    b, k, p = 64, 200, 0.25
+    terms = random_terms(b, k, k, 2, 4, 4, 1, True, torch.float32)
+    uniform = terms._replace(
+        q=0 * terms.q, segments=0 * terms.segments, w_bias=0 * terms.w_bias, r_bias=0 * terms.r_bias,
+        key_mask=torch.ones_like(terms.key_mask), v=torch.ones_like(terms.v),
+    )  # fmt: skip
+    with torch.no_grad():
+        output = tiled(uniform, p)
+    # With equal weights on values of 1, each output is the mean of k mask elements, which are 0 or 1 / (1 - p).
+    assert abs(output.mean().item() - 1) < 0.01
+    expected_variance = p / (1 - p) / k
+    assert abs(output[..., 0].var().item() - expected_variance) < 0.1 * expected_variance
+
+
+@pytest.mark.parametrize("tile_size", [2**19, 3 * 32, 32])
+def test_every_head_example_and_query_has_its_own_dropout_mask(tile_size, set_limits):
+    set_limits(tile_size)
+    b, k, h = 3, 32, 2
+    terms = random_terms(b, k, k, h, k, 4, 1, True)
+    identity = torch.eye(k, dtype=terms.v.dtype)[None, :, None].expand(b, k, h, k)  # the output is the weights themselves
+    with torch.no_grad():
+        weights = tiled(terms._replace(v=identity, key_mask=torch.ones_like(terms.key_mask)), 0.5)
+    masks = (weights != 0).flatten(0, 2)  # [b * q * h, k]
+    assert len(masks.unique(dim=0)) == len(masks)
+
+
+def test_the_seed_determines_attention_dropout():
+    terms = random_terms(2, 9, 9, 2, 4, 4, 1, True)
+    torch.manual_seed(1)
+    first = tiled(terms, 0.5)
+    assert not torch.equal(tiled(terms, 0.5), first)
+    torch.manual_seed(1)
+    assert torch.equal(tiled(terms, 0.5), first)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_long_inputs_never_hold_all_scores_at_once(with_gradient, set_limits):
+    set_limits(tile_size=4096)
+    model = FunnelModel(tiny_config(num_decoder_layers=0)).train(with_gradient)
     length = 700
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
 
-    with torch.set_grad_enabled(grad), Watch():
-        out = model(*padded_batch([length])).sum()
-        if grad:
-            out.backward()
+    with torch.set_grad_enabled(with_gradient), LargestTensor():
+        output = model(*padded_batch([length])).sum()
+        if with_gradient:
+            output.backward()
     assert 0 < largest < length * length / 4
 
 
-def test_an_unknown_way_is_refused():
-    with pytest.raises(FunnelError, match="plain, tiled, sdpa"), attention_backends.way("fast"):
+# --- selection and capture --------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_backend_is_an_error():
+    with pytest.raises(FunnelError) as error, attention_backend("x"):
         pass
+    assert str(error.value) == "unknown attention backend 'x'; choose from eager, sdpa, tiled"
+
+
+def test_the_backend_is_restored_after_the_context_even_after_an_error(monkeypatch):
+    calls = []
+    for name in BACKENDS:
+        monkeypatch.setitem(BACKENDS, name, lambda terms, dropout_p, name=name: calls.append(name))
+    monkeypatch.setattr(attention_backends, "tiled_attention", lambda terms, dropout_p: calls.append("default"))
+    terms = random_terms(1, 2, 2, 1, 2, 4, 1, True)
+    with attention_backend("sdpa"):
+        with contextlib.suppress(RuntimeError), attention_backend("eager"):
+            compute_attention(terms, 0.0)
+            raise RuntimeError
+        compute_attention(terms, 0.0)
+    compute_attention(terms, 0.0)
+    assert calls == ["eager", "sdpa", "default"]
+
+
+def test_capture_yields_the_attention_weights_of_every_run():
+    model = FunnelForSequenceClassification(tiny_config(blocks="1,1x2", n_head=2)).eval()
+    ids, mask, types = padded_batch([8, 5])
+    expected = model(ids, mask, types)
+    with capture_attention_weights() as weights:
+        torch.testing.assert_close(model(ids, mask, types), expected)
+    assert [tuple(layer.shape) for layer in weights] == [(2, 2, 8, 8), (2, 2, 4, 8), (2, 2, 1, 4)]  # [b, h, q, k]
+    for layer in weights:
+        torch.testing.assert_close(layer.sum(-1), torch.ones(layer.shape[:-1]))
+    assert not weights[0][1, :, :, 5:].any()  # padding gets no attention
+    model(ids, mask, types)
+    assert len(weights) == 3
+
+
+def test_the_backend_also_applies_when_gradient_checkpointing_recomputes():
+    model = FunnelForTokenClassification(tiny_config()).train()
+    model.set_gradient_checkpointing(True)
+    runs = sum(block.runs for block in model.config.blocks) + model.config.num_decoder_layers
+    with capture_attention_weights() as weights:
+        model(*padded_batch([9])).sum().backward()
+    assert len(weights) == 2 * runs

@@ -1,34 +1,41 @@
-"""FunnelConfig: layouts, checks, config.json, released sizes."""
+"""FunnelConfig: layout strings, validation, config.json, the released models."""
 
 import json
 
 import pytest
 
 from funnel.errors import FunnelError
-from funnel.model.config import FunnelConfig, format_blocks, parse_blocks, released_config
+from funnel.model.config import BlockSpec, FunnelConfig, format_blocks, parse_blocks, released_config
 
 
 @pytest.mark.parametrize(
-    ("text", "sizes", "repeats"),
+    ("text", "blocks"),
     [
-        ("4,4,4", (4, 4, 4), (1, 1, 1)),
-        ("6,3x2,3x2", (6, 3, 3), (1, 2, 2)),
-        ("2_1x2_1x2", (2, 1, 1), (1, 2, 2)),
-        (" 2, 2 ", (2, 2), (1, 1)),
-        ("12", (12,), (1,)),
+        ("4,4,4", ((4, 1), (4, 1), (4, 1))),
+        ("6,3x2,3x2", ((6, 1), (3, 2), (3, 2))),
+        ("2_1x2_1x2", ((2, 1), (1, 2), (1, 2))),
+        (" 2, 2 ", ((2, 1), (2, 1))),
+        ("12", ((12, 1),)),
     ],
 )
-def test_layout_strings_are_read(text, sizes, repeats):
-    assert parse_blocks(text) == (sizes, repeats)
-    assert parse_blocks(format_blocks(sizes, repeats)) == (sizes, repeats)
+def test_layout_strings_are_parsed(text, blocks):
+    assert parse_blocks(text) == blocks
+    assert parse_blocks(format_blocks(parse_blocks(text))) == blocks
+    assert FunnelConfig(blocks=text).blocks == blocks
+    assert FunnelConfig().replace(blocks=text).blocks == blocks
+
+
+def test_runs_are_layers_times_repeats():
+    assert [block.runs for block in parse_blocks("6,3x2")] == [6, 6]
+    assert BlockSpec(4).runs == 4
 
 
 @pytest.mark.parametrize("text", ["", "2,,2", "0", "2,x", "-1", "2,2,", "1.5", "2x0", "x2", "2x", "²", "1e3", "9999", "2;2"])
-def test_what_is_no_layout_is_an_error_that_names_it(text):
-    with pytest.raises(FunnelError, match="--blocks") as error:
+def test_an_invalid_layout_string_is_an_error_that_quotes_it(text):
+    with pytest.raises(FunnelError) as error:
         parse_blocks(text)
-    assert repr(text) in str(error.value)
-    assert "\n" not in str(error.value)
+    assert str(error.value) == f"invalid blocks {text!r}: expected layer counts such as 4,4,4 or 6,3x2,3x2"
+    assert error.value.parameter == "blocks"
 
 
 @pytest.mark.parametrize(
@@ -38,10 +45,14 @@ def test_what_is_no_layout_is_an_error_that_names_it(text):
         ("d_model", 15),
         ("d_model", "768"),
         ("n_head", True),
-        ("block_sizes", ()),
-        ("block_sizes", (2, 0)),
-        ("block_sizes", 4),
-        ("block_repeats", (1,)),
+        ("blocks", ()),
+        ("blocks", ((2, 1), (0, 1))),
+        ("blocks", ((2, 1), (2, 0))),
+        ("blocks", ((2, 1, 1),)),
+        ("blocks", (2, 2)),
+        ("blocks", 4),
+        ("blocks", ((999, 1),) * 3),
+        ("blocks", ((999, 999),)),
         ("hidden_dropout", 1.0),
         ("layer_norm_eps", 0),
         ("pooling_type", "median"),
@@ -51,28 +62,56 @@ def test_what_is_no_layout_is_an_error_that_names_it(text):
         ("num_decoder_layers", -1),
         ("id2label", {}),
         ("id2label", {1: "a", 2: "b"}),
+        ("id2label", 2),
         ("problem_type", "multi_label"),
     ],
 )
-def test_impossible_values_are_errors_that_name_the_field(field, value):
-    with pytest.raises(FunnelError, match=field):
+def test_an_invalid_value_is_an_error_that_names_the_field(field, value):
+    with pytest.raises(FunnelError, match=f"invalid {field}"):
         FunnelConfig(**{field: value})
 
 
-def test_a_config_survives_json():
-    config = FunnelConfig(block_sizes=(6, 3), block_repeats=(1, 2), id2label={0: "no", 1: "yes", 2: "maybe"})
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"block_sizes": []}, "block_sizes"),
+        ({"block_sizes": [2, 0]}, "block_sizes"),
+        ({"block_sizes": 4}, "block_sizes"),
+        ({"block_sizes": "4,4,4"}, "block_sizes"),
+        ({"block_repeats": [1]}, "block_repeats"),
+        ({"block_sizes": [2, 2], "block_repeats": [1, True]}, "block_repeats"),
+        ({"block_sizes": [999] * 3}, "blocks"),
+        ({"d_model": 15}, "d_model"),
+    ],
+)
+def test_an_invalid_config_json_is_an_error_that_names_file_and_field(values, name):
+    with pytest.raises(FunnelError, match=f"^some/config.json: .*{name}"):
+        FunnelConfig.from_dict(values, "some/config.json")
+
+
+def test_a_config_round_trips_through_json():
+    config = FunnelConfig(blocks="6,3x2", id2label={0: "no", 1: "yes", 2: "maybe"})
     values = json.loads(json.dumps(config.to_dict()))
     assert FunnelConfig.from_dict(values) == config
+    assert (values["block_sizes"], values["block_repeats"]) == ([6, 3], [1, 2])
+    assert "blocks" not in values
     assert values["label2id"] == {"no": 0, "yes": 1, "maybe": 2}
 
 
-def test_a_new_layout_forgets_the_old_repeats():
-    config = released_config("medium").replace(block_sizes=(2, 2))
+def test_missing_fields_of_a_config_json_get_defaults():
+    assert FunnelConfig.from_dict({"unknown": 1}) == FunnelConfig()
+    assert FunnelConfig.from_dict({"block_sizes": [2, 3]}).layout == "2,3"
+    assert FunnelConfig.from_dict({"block_sizes": [2, 3], "block_repeats": None}).layout == "2,3"
+    assert FunnelConfig.from_dict({"block_repeats": [1, 2, 2]}).layout == "4,4x2,4x2"
+
+
+def test_a_new_layout_does_not_inherit_repeats():
+    config = released_config("medium").replace(blocks="2,2")
     assert config.layout == "2,2"
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "width", "decoder"),
+    ("name", "layout", "d_model", "decoder_layers"),
     [
         ("small", "4,4,4", 768, 2),
         ("small-base", "4,4,4", 768, 0),
@@ -82,11 +121,11 @@ def test_a_new_layout_forgets_the_old_repeats():
         ("xlarge", "10,10,10", 1024, 2),
     ],
 )
-def test_released_sizes(name, layout, width, decoder):
+def test_released_models_have_the_published_sizes(name, layout, d_model, decoder_layers):
     config = released_config(name)
-    assert (config.layout, config.d_model, config.num_decoder_layers) == (layout, width, decoder)
+    assert (config.layout, config.d_model, config.num_decoder_layers) == (layout, d_model, decoder_layers)
 
 
-def test_an_unknown_release_is_an_error():
-    with pytest.raises(FunnelError, match="tiny"):
+def test_an_unknown_released_model_is_an_error():
+    with pytest.raises(FunnelError, match="unknown model 'tiny'"):
         released_config("tiny")

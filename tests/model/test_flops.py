@@ -1,63 +1,139 @@
-"""Costs against PyTorch's own counters."""
+"""Cost estimates: parameters and FLOPs compared with the model, activation memory, and the time that counting takes."""
+
+import time
 
 import pytest
 import torch
 from conftest import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from funnel.model import attention_backends
-from funnel.model.config import FunnelConfig
-from funnel.model.flops import module_costs
-from funnel.model.heads import FunnelForSequenceClassification
+from funnel.errors import FunnelError
+from funnel.model import flops, pooling
+from funnel.model.attention_backends import attention_backend
+from funnel.model.config import FunnelConfig, parse_blocks
+from funnel.model.flops import check_memory, count_parameters, module_costs, total_flops
+from funnel.model.heads import FunnelForSequenceClassification, FunnelForTokenClassification
 
 CONFIGS = [
     {},
     {"pool_q_only": False},
     {"separate_cls": False, "truncate_seq": False},
-    {"block_sizes": (6, 3, 3), "block_repeats": (1, 2, 2)},
-    {"block_sizes": (2,) * 7, "d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 256},
+    {"blocks": "6,3x2,3x2"},
+    {"blocks": "2,2,2,2,2,2,2", "d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 256},
 ]
 
 
 @pytest.mark.parametrize("changes", CONFIGS, ids=str)
-def test_parameters_are_exact(changes):
-    config = tiny_config(num_decoder_layers=0, **changes)
-    model = FunnelForSequenceClassification(config)
-    parts = {part.name: part.parameters for part in module_costs(config, 10)}
-    assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
-    for block in range(len(config.block_sizes)):
-        assert parts[f"block {block}"] == sum(p.numel() for p in model.encoder.blocks[block].parameters())
+@pytest.mark.parametrize("decoder_layers", [0, 2])
+def test_parameter_counts_match_the_model(changes, decoder_layers):
+    config = tiny_config(num_decoder_layers=decoder_layers, **changes)
+    model = (FunnelForTokenClassification if decoder_layers else FunnelForSequenceClassification)(config)
+    costs = {cost.name: cost for cost in module_costs(config, 10)}
+
+    def parameters(module):
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    assert costs["embeddings"].parameters == parameters(model.embeddings)
+    assert costs["head"].parameters == parameters(model.classifier)
+    for index, block in enumerate(config.blocks):
+        cost = costs[f"block {index}"]
+        assert (cost.layers, cost.runs) == (block.layers, block.runs)
+        assert cost.parameters == parameters(model.encoder.blocks[index])
+    if decoder_layers:
+        assert costs["decoder"].parameters == parameters(model.decoder)
+    assert sum(cost.parameters for cost in costs.values()) == count_parameters(config) == parameters(model)
+
+
+def layer_flops(config, queries: int, keys: int, step: int, batch_size: int) -> float:
+    """FLOPs of one run of a layer per example, from the equations."""
+    d, width, inner = config.d_model, config.n_head * config.d_head, config.d_inner
+    distances, segment_channels = keys + step * queries, 4
+    projections = 2 * queries * d * width + 2 * keys * d * width + distances * d * width / batch_size  # q, post; k, v; r
+    scores = 2 * queries * keys * width + queries * distances * width  # content and weighted sum; position
+    segments = queries * width * segment_channels + config.n_head * queries * keys * segment_channels
+    return 2 * (projections + scores + segments + 2 * queries * d * inner)
 
 
 @pytest.mark.parametrize("changes", CONFIGS, ids=str)
-@pytest.mark.parametrize(("texts", "length"), [(1, 512), (3, 128), (2, 13), (1, 1)])
-def test_flops_are_those_that_pytorch_counts(changes, texts, length):
+@pytest.mark.parametrize(("batch_size", "length"), [(1, 512), (3, 128), (2, 13)])
+def test_flops_of_each_block_follow_from_the_equations(changes, batch_size, length):
     config = tiny_config(num_decoder_layers=0, **changes)
-    with torch.device("meta"):
-        model = FunnelForSequenceClassification(config).eval()
-        ids = torch.ones(texts, length, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), attention_backends.way("plain"):
-        model(ids)
-    assert texts * sum(part.flops for part in module_costs(config, length, texts)) == pytest.approx(
-        counter.get_total_flops(), rel=0.01
-    )
+    costs = {cost.name: cost for cost in module_costs(config, length, batch_size)}
+    lengths = pooling.block_lengths(length, config)
+    for index, block in enumerate(config.blocks):
+        expected = 0.0
+        for run in range(block.runs):
+            is_last = index == len(config.blocks) - 1 and run == block.runs - 1
+            queries = 1 if is_last else lengths[index]  # a classifier's last layer computes [CLS] only
+            reads_unpooled = index > 0 and run == 0 and config.pool_q_only
+            keys, step = (lengths[index - 1], 2) if reads_unpooled else (lengths[index], 1)
+            expected += layer_flops(config, queries, keys, step, batch_size)
+        # PyTorch does not count a product of vectors of length 1 as a matrix product.
+        assert costs[f"block {index}"].length == lengths[index]
+        assert costs[f"block {index}"].flops == pytest.approx(expected, rel=0.01)
+    d = config.d_model
+    assert costs["head"].flops == 2 * (d * d + d * config.num_labels)
+    assert costs["embeddings"].flops == 0
+
+
+@pytest.mark.parametrize("changes", CONFIGS, ids=str)
+@pytest.mark.parametrize(("batch_size", "length"), [(1, 512), (3, 128), (2, 13), (1, 1)])
+def test_flops_match_a_forward_pass(changes, batch_size, length):
+    config = tiny_config(num_decoder_layers=0, **changes)
+    model = FunnelForSequenceClassification(config).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), attention_backend("eager"):
+        model(torch.ones(batch_size, length, dtype=torch.int64))
+    assert total_flops(config, length, batch_size) == counter.get_total_flops() // batch_size
+    costs = module_costs(config, length, batch_size)
+    assert batch_size * sum(cost.flops for cost in costs) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_costs_of_a_model_with_decoder_match_a_token_classifier():
+    config = tiny_config(num_decoder_layers=2)
+    costs = {cost.name: cost for cost in module_costs(config, 64)}
+    assert costs["decoder"].flops == pytest.approx(2 * layer_flops(config, 64, 64, 1, 1))
+    assert costs["head"].flops == 2 * 64 * config.d_model * config.num_labels
+    without = {cost.name: cost for cost in module_costs(config.replace(num_decoder_layers=0), 64)}
+    assert costs["block 2"].flops > without["block 2"].flops  # not [CLS] only
+
+
+@pytest.mark.parametrize("blocks", ["28", "4,4,4,4,4,4,4"])
+def test_28_layers_at_4096_tokens_are_counted_within_a_second(blocks):
+    config = FunnelConfig(blocks=parse_blocks(blocks), num_decoder_layers=0)
+    module_costs(config.replace(blocks="1"), 8)  # PyTorch's own imports
+    start = time.process_time()
+    module_costs(config, 4096)
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("length", [64, 512])
-@pytest.mark.parametrize("layout", [(3, 3), (2, 2, 2, 2)])
-def test_activations_are_about_what_autograd_keeps(length, layout):
-    config = FunnelConfig(vocab_size=99, block_sizes=layout, num_decoder_layers=0, d_model=128, n_head=2, d_inner=512)
+@pytest.mark.parametrize("blocks", ["3,3", "2,2,2,2"])
+def test_activation_estimate_is_close_to_what_autograd_saves(length, blocks):
+    config = tiny_config(
+        blocks=blocks, num_decoder_layers=0, d_model=128, d_head=64, d_inner=512, hidden_dropout=0.1, attention_dropout=0.1
+    )
     model = FunnelForSequenceClassification(config).train()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}  # elements by address
+    batch_size = 8
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and tensor.shape[0] % 8 == 0:  # by text: not a table of distances
-            kept[storage.data_ptr()] = storage.nbytes() // 4
+        if storage.data_ptr() not in weights and tensor.shape[0] % batch_size == 0:  # not the distances, which have no batch
+            saved[storage.data_ptr()] = storage.nbytes() // 4
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(torch.ones(8, length, dtype=torch.int64))
-    found = sum(kept.values()) / 8
-    assert sum(part.activations for part in module_costs(config, length)) == pytest.approx(found, rel=0.1)
+        model(torch.ones(batch_size, length, dtype=torch.int64))
+    actual = sum(saved.values()) / batch_size
+    assert sum(cost.activations for cost in module_costs(config, length)) == pytest.approx(actual, rel=0.1)
+
+
+def test_a_model_larger_than_the_memory_is_an_error(monkeypatch):
+    config = tiny_config()
+    monkeypatch.setattr(flops, "available_memory", lambda: 4 * count_parameters(config))
+    check_memory(config, bytes_per_weight=4)
+    with pytest.raises(FunnelError, match=r"blocks 1,2,1 with d_model 16: [\d,]+ parameters need .* GiB, but only"):
+        check_memory(config, bytes_per_weight=16)
+    monkeypatch.setattr(flops, "available_memory", lambda: None)
+    check_memory(config, bytes_per_weight=16)
