@@ -1,1 +1,1 @@
-"""From files to batches: readers, tokenizer, encoded data sets, tasks."""
+"""From files to batches: readers, tokenizer, encoded datasets, tasks."""

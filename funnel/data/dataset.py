@@ -1,10 +1,10 @@
-"""Examples as ids: encoded once, kept on disk, and batched by length.
+"""Encodes examples once, caches them on disk, and serves them as padded batches.
 
-Encoded examples lie in a cache folder as flat arrays, two bytes an id where the vocabulary allows, and are mapped into
-memory: what is needed of them is read when it is needed, and several processes share it. A cached file is used again
-if the content of the text file, the tokenizer, the maximal length and the labels are the same.
+The cache stores token ids as one flat array (two bytes per id if the vocabulary allows) that is memory-mapped, so that
+several processes share it and memory use does not grow with the dataset. A cache entry is reused if the content of the
+file, the tokenizer, the maximum length and the labels are the same.
 
-Shapes: b texts, l tokens of the longest text in a batch.
+Shapes: b examples, l tokens of the longest example in a batch, n examples in a dataset.
 """
 
 import hashlib
@@ -17,327 +17,428 @@ import warnings
 import weakref
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from funnel.data.files import Example, ExampleFile
+from funnel.data.files import Example, ExampleFile, InMemoryExamples, parse_score
 from funnel.data.tokenizer import Encoding, FunnelTokenizer
-from funnel.errors import FunnelError, error_reason, format_list
-from funnel.io import cache_dir, read_json, write_json
+from funnel.errors import FunnelError, error_reason, format_list, plural
+from funnel.io import cache_dir, os_errors, read_json, write_json
 
-CHUNK = 1024  # rows that are encoded at a time: the tokenizer works on them in parallel
-VERSION = 1  # of the cached files
-LARGEST_SCORE = float(np.finfo(np.float32).max)
+CHUNK_SIZE = 1024  # examples per call of the tokenizer, which processes them in parallel
+CACHE_VERSION = 2
+SORT_WINDOW = 64  # batches; examples are sorted by length within a window
 
 
-class Batch(NamedTuple):
-    """One batch, padded to its longest text.
+class Shard(NamedTuple):
+    """One rank's part of the data."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A padded batch: the whole global batch, one rank's rows of it, or a micro-batch.
 
     Attributes:
         input_ids, attention_mask, token_type_ids: [b, l], int64.
         labels: [b], int64 label ids, or float32 scores.
+        weight: factor for the batch's mean loss. The sum over micro-batches and the mean over ranks (DDP averages
+            gradients) of weight * mean loss is the mean loss over the global batch. 0 if the rank has no row.
+        n_examples: number of rows of the global batch; default: those of this batch.
+        world_size: number of ranks that share the global batch.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     token_type_ids: Tensor
     labels: Tensor
+    weight: float = 1.0
+    n_examples: int = 0
+    world_size: int = 1
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device; to a GPU without waiting for it."""
-        pinned = (tensor.pin_memory() if device.type == "cuda" else tensor for tensor in self)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in pinned))
+    def __post_init__(self) -> None:
+        if self.n_examples == 0:
+            object.__setattr__(self, "n_examples", len(self.labels))
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The model's inputs, as in `model(**batch.inputs)`."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "token_type_ids": self.token_type_ids,
+        }
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's inputs and the labels."""
+        return {**self.inputs, "labels": self.labels}
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copies the tensors to a device; the copy from CPU to GPU is asynchronous."""
+        tensors: dict[str, Any] = self.tensors
+        if torch.device(device).type == "cuda" and self.labels.device.type == "cpu":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+    def split(self, n: int) -> list["Batch"]:
+        """Splits the batch into `n` micro-batches whose sizes differ by at most one row.
+
+        There are fewer if a rank has fewer rows; all ranks return the same number. The padded length stays.
+        """
+        n = min(n, max(1, self.n_examples // self.world_size))
+        micro_batches = []
+        for part in zip(*(tensor.tensor_split(n) for tensor in self.tensors.values()), strict=True):
+            tensors: dict[str, Any] = dict(zip(self.tensors, part, strict=True))
+            weight = self.weight * len(tensors["labels"]) / len(self.labels)
+            micro_batches.append(replace(self, **tensors, weight=weight))
+        return micro_batches
 
 
-class InMemoryExamples(NamedTuple):
-    """Examples that are no file: texts, their second texts or None, and labels as a file would have them."""
-
-    texts: list[str]
-    pairs: list[str] | None
-    labels: list[str]
-
-    def rows(self) -> Iterator[Example]:
-        pairs: Iterable[str | None] = self.pairs if self.pairs is not None else itertools.repeat(None, len(self.texts))
-        for number, (text, pair, label) in enumerate(zip(self.texts, pairs, self.labels, strict=True), 1):
-            yield Example(text, pair, label, number)
-
-    def iter_texts(self) -> Iterator[str]:
-        yield from itertools.chain(self.texts, self.pairs or [])
-
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self).encode()).hexdigest()
-
-    def error(self, line: int | str, message: str) -> FunnelError:
-        return FunnelError(f"example {line}: {message}")
-
-
-class Cut(NamedTuple):
-    """What did not fit: how many texts were cut, how many of all tokens that lost, and how long the longest text is."""
-
-    texts: int
-    lost: int
-    tokens: int
-    longest: int
-
-    def __str__(self) -> str:
-        share = self.lost / max(1, self.tokens)
-        return f"{self.texts:,} texts are longer and were cut, which lost {share:.1%} of all tokens (longest: {self.longest:,})"
-
-
-class Dataset:
-    """Encoded examples. `encode` makes one.
+class Truncation(NamedTuple):
+    """How much text `max_length` cut off.
 
     Attributes:
-        lengths: [n], tokens of each example.
-        labels: [n], int32 label ids, or float32 scores.
-        cut: what did not fit.
-        digest: checksum of the source's content, where it has one.
+        texts: number of truncated examples.
+        tokens_lost: number of tokens cut off.
+        tokens: number of tokens before truncation, of all examples.
+        longest: length of the longest example before truncation.
     """
 
-    def __init__(self, ids: np.ndarray, rows: Mapping[str, np.ndarray], cut: Cut, pad_id: int, digest: str = "") -> None:
-        self._ids = ids
-        self._starts, self._seconds = rows["starts"], rows["seconds"]
-        self.lengths, self.labels = rows["lengths"], rows["labels"]
-        self.cut = cut
-        self.pad_id = pad_id
-        self.digest = digest
+    texts: int = 0
+    tokens_lost: int = 0
+    tokens: int = 0
+    longest: int = 0
+
+    def __str__(self) -> str:
+        share = self.tokens_lost / max(1, self.tokens)
+        return f"{plural(self.texts, 'text')} truncated, losing {share:.1%} of all tokens (longest text: {self.longest:,})"
+
+    def merge(self, other: "Truncation") -> "Truncation":
+        """Combines the truncation of two sets of examples."""
+        return Truncation(
+            self.texts + other.texts,
+            self.tokens_lost + other.tokens_lost,
+            self.tokens + other.tokens,
+            max(self.longest, other.longest),
+        )
+
+
+class Rows(NamedTuple):
+    """One entry per example, each array [n].
+
+    Attributes:
+        starts: position of the first token in the flat array of token ids.
+        lengths: number of tokens.
+        pair_starts: offset of the second text's first token; the length if there is no second text.
+        labels: int32 label ids, or float32 scores; -1 or nan without a label.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    pair_starts: np.ndarray
+    labels: np.ndarray
+
+    def take(self, index: np.ndarray) -> "Rows":
+        """The entries of some examples."""
+        return Rows(*(array[index] for array in self))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Encoded examples; made by `encode_examples` or `Dataset.from_texts`.
+
+    Attributes:
+        token_ids: the token ids of all examples, concatenated.
+        rows: where each example is in `token_ids`, and its label.
+        pad_id: the padding token's id.
+        truncation: how much text was cut off.
+        digest: checksum of the source's content; "" for texts encoded in memory.
+    """
+
+    token_ids: np.ndarray
+    rows: Rows
+    pad_id: int
+    truncation: Truncation
+    digest: str = ""
 
     @classmethod
-    def of(cls, texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: FunnelTokenizer, max_length: int) -> "Dataset":
-        """Encodes texts without labels, in memory."""
-        encoded = tokenizer.encode(texts, pairs, max_length)
-        rows = _rows(encoded, pairs is not None) | {"labels": np.full(len(texts), -1, dtype=np.int32)}
-        rows["starts"] = np.concatenate([[0], rows["lengths"][:-1].cumsum(dtype=np.int64)])
-        cut = _cut(encoded, texts, pairs, tokenizer)
-        return cls(_ids(encoded, np.int32), rows, cut, tokenizer.pad_id)
+    def from_texts(
+        cls, texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: FunnelTokenizer, max_length: int
+    ) -> "Dataset":
+        """Encodes unlabeled texts, or pairs of texts, in memory."""
+        encodings = tokenizer.encode(texts, pairs, max_length)
+        rows = _make_rows(encodings, np.full(len(texts), -1, dtype=np.int32))
+        truncation = _measure_truncation(encodings, texts, pairs, tokenizer)
+        return cls(_flatten(encodings, np.int32), rows, tokenizer.pad_id, truncation)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def subset(self, index: np.ndarray) -> "Dataset":
-        """Some of the rows, in the order given; the ids are shared."""
-        rows = {"starts": self._starts, "seconds": self._seconds, "lengths": self.lengths, "labels": self.labels}
-        return Dataset(self._ids, {name: array[index] for name, array in rows.items()}, self.cut, self.pad_id, self.digest)
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each example, [n]."""
+        return self.rows.lengths
 
-    def ids(self, row: int) -> list[int]:
-        """The ids of one example."""
-        found: list[int] = self._ids[self._starts[row] : self._starts[row] + self.lengths[row]].tolist()
-        return found
+    @property
+    def labels(self) -> np.ndarray:
+        """Label ids (int32) or scores (float32), [n]."""
+        return self.rows.labels
+
+    def subset(self, index: np.ndarray) -> "Dataset":
+        """The examples with these row numbers, in the given order; shares the token ids."""
+        return replace(self, rows=self.rows.take(index))
+
+    def input_ids(self, row: int) -> list[int]:
+        """The token ids of one example, without padding."""
+        start = self.rows.starts[row]
+        ids: list[int] = self.token_ids[start : start + self.lengths[row]].tolist()
+        return ids
 
     def batch(self, index: np.ndarray, width: int | None = None) -> Batch:
-        """Collects rows into a padded batch, [b, l] with l the width, or else the longest row's length."""
+        """Collects the examples with these row numbers into a batch.
+
+        Args:
+            width: the padded length; default: the length of the longest of these examples.
+        """
         width = width or int(self.lengths[index].max())
         ids = np.full((len(index), width), self.pad_id, dtype=np.int64)
         types = np.zeros((len(index), width), dtype=np.int64)
         mask = np.zeros((len(index), width), dtype=np.int64)
-        for row, i in enumerate(index):
-            start, length = self._starts[i], self.lengths[i]
-            ids[row, :length] = self._ids[start : start + length]
-            types[row, self._seconds[i] : length] = 1
-            mask[row, :length] = 1
-        types[:, 0] = 2
-        labels = self.labels[index]
+        starts, lengths, pair_starts, labels = self.rows.take(index)
+        for i, (start, length, pair_start) in enumerate(zip(starts, lengths, pair_starts, strict=True)):
+            ids[i, :length] = self.token_ids[start : start + length]
+            types[i, pair_start:length] = 1
+            mask[i, :length] = 1
+        types[:, 0] = 2  # [CLS]
         labels = labels.astype(np.int64) if labels.dtype == np.int32 else labels
-        return Batch(*(torch.from_numpy(array) for array in (ids, mask, types, labels)))
+        return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(types), torch.from_numpy(labels))
 
-    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
-        """The batches of all steps from number `start` on, epoch after epoch, without an end."""
-        epoch, offset = divmod(start, -(-len(self) // batch_size))
+    def batches(self, batch_size: int, seed: int, *, start: int = 0, shard: Shard = WHOLE) -> Iterator[Batch]:
+        """Yields one training batch per step, indefinitely.
+
+        The batch of a step depends on `seed` and the step only, so that a resumed run sees the same batches. With several
+        ranks, each gets its rows of the global batch, padded to the width of the global batch. A rank without a row gets
+        the first row, with weight 0.
+
+        Args:
+            batch_size: rows of the global batch.
+            start: the first step.
+        """
+        epoch, offset = divmod(start, math.ceil(len(self) / batch_size))
         while True:
-            yield from self.training_batches(batch_size, seed, epoch)[offset:]
+            for index in self.training_batches(batch_size, seed, epoch)[offset:]:
+                yield self._rank_batch(index, shard)
             epoch, offset = epoch + 1, 0
 
-    def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-        """The batches of one epoch, as rows: shuffled, with texts of about one length main_process_first.
+    def _rank_batch(self, index: np.ndarray, shard: Shard) -> Batch:
+        """One rank's rows of a global batch."""
+        rank, world_size = shard
+        rows = np.array_split(index, world_size)[rank]
+        batch = self.batch(rows if len(rows) else index[:1], width=int(self.lengths[index].max()))
+        return replace(batch, weight=len(rows) * world_size / len(index), n_examples=len(index), world_size=world_size)
 
-        Every epoch has every row once. The order depends on `seed` and `epoch` alone, so that a resumed run goes on
-        with the same batches. Rows are shuffled, sorted by length within stretches of 64 batches, cut into batches, and
-        the batches shuffled.
+    def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+        """The batches of one epoch as arrays of row numbers: shuffled, with texts of similar length in a batch.
+
+        An epoch contains every row once; its order depends on `seed` and `epoch` only. Rows are shuffled, sorted by length
+        within windows of `SORT_WINDOW` batches and cut into batches; then the batches are shuffled.
         """
         random = np.random.default_rng([seed, epoch])
         order = random.permutation(len(self))
-        stretch = 64 * batch_size
+        window = SORT_WINDOW * batch_size
         batches: list[np.ndarray] = []
-        for start in range(0, len(order), stretch):
-            rows = order[start : start + stretch]
+        for start in range(0, len(order), window):
+            rows = order[start : start + window]
             rows = rows[np.argsort(self.lengths[rows], kind="stable")]
             batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         return [batches[i] for i in random.permutation(len(batches))]
 
     def evaluation_batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """All rows, longest texts first, so that a batch too large for the memory fails at once."""
+        """Yields batches of row numbers, longest texts first, so that out-of-memory errors occur at once."""
         order = np.argsort(-self.lengths, kind="stable")
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
 
     def split(self, share: float, seed: int) -> tuple["Dataset", "Dataset"]:
-        """Two datasets, the second with `share` of the rows, and about as many of every class.
+        """Splits at random into two datasets; the second gets `share` of the rows, stratified by class.
 
-        Of classes whose share is a fraction of a row, those get one more that lose most by rounding down. A class of one
-        row stays in the first.
+        Where a class's share is not a whole number of rows, the classes that lose most by rounding down get one more. A
+        class with a single row stays in the first dataset.
+
+        Args:
+            share: between 0 and 1, exclusive.
 
         Raises:
-            FunnelError: one of them would be empty, or the share is none.
+            FunnelError: one of the two would be empty.
         """
-        if not 0 < share < 1:
-            raise FunnelError(f"--dev-share {share}: it takes a share of the texts, above 0 and below 1")
         random = np.random.default_rng(seed)
-        is_score = self.labels.dtype == np.float32
-        groups = [np.arange(len(self))] if is_score else [np.flatnonzero(self.labels == c) for c in np.unique(self.labels)]
-        groups = [random.permutation(group) for group in groups]
-        wanted = np.array([len(group) * share for group in groups])
-        counts = np.floor(wanted).astype(int)
+        is_regression = self.labels.dtype == np.float32
+        classes = [] if is_regression else [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
+        groups = [random.permutation(group) for group in classes or [np.arange(len(self))]]
+        exact = np.array([len(group) * share for group in groups])
+        counts = np.floor(exact).astype(int)
         missing = round(len(self) * share) - int(counts.sum())
         if missing > 0:
-            counts[np.argsort(counts - wanted, kind="stable")[:missing]] += 1
-        chosen = np.sort(np.concatenate([group[: min(n, len(group) - 1)] for group, n in zip(groups, counts, strict=True)]))
-        if not 0 < len(chosen) < len(self):
-            raise FunnelError(
-                f"--dev-share {share:g} of {len(self)} examples leaves train or dev empty; name a file with --dev"
-            )
-        return self.subset(np.setdiff1d(np.arange(len(self)), chosen)), self.subset(chosen)
+            counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+        chosen = [group[: min(count, len(group) - 1)] for group, count in zip(groups, counts, strict=True)]
+        second = np.sort(np.concatenate(chosen))
+        if not 0 < len(second) < len(self):
+            message = f"dev_share {share:g} of {len(self)} examples leaves train or dev empty; use a separate dev file"
+            raise FunnelError(message, "dev_share")
+        return self.subset(np.setdiff1d(np.arange(len(self)), second)), self.subset(second)
 
 
-def encode(
-    source: ExampleFile | InMemoryExamples, labels: Mapping[str, int] | None, tokenizer: FunnelTokenizer, max_length: int
+# --- encoding and cache -----------------------------------------------------------------------------------------------
+
+
+def encode_examples(
+    source: ExampleFile | InMemoryExamples, label_ids: Mapping[str, int] | None, tokenizer: FunnelTokenizer, max_length: int
 ) -> Dataset:
-    """Reads and encodes examples, or takes what an earlier call left in the cache.
+    """Reads and encodes examples, or opens the result of an earlier call in the cache.
+
+    Safe to call from several processes at once.
 
     Args:
-        source: where the examples are.
-        labels: ids by what stands in the file; None for scores, which become numbers. Rows without a label get -1 (nan).
-        tokenizer: encodes them.
-        max_length: tokens at most, special ones counted in; the rest of a longer text is cut.
+        label_ids: label ids by the label as written in the file; None for regression, where labels are parsed as numbers.
+        max_length: maximum number of tokens, including the special ones; longer texts are truncated.
 
     Raises:
-        FunnelError: the source has a mistake, a label is unknown or no number, or the file changed while it was read.
+        FunnelError: the source is malformed, has an unknown or non-numeric label, or changed while it was read.
     """
+    job = _EncodingJob(source, label_ids, tokenizer, max_length)
     digest = source.digest()
-    key = [VERSION, digest, tokenizer.tokenizer.to_str(), max_length, labels and sorted(labels.items())]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    folder = cache_dir() / "encoded" / name
-    if (folder / "rows.npz").is_file():
+    folder = cache_dir() / "encoded" / job.cache_key(digest)
+    try:
+        return _open(folder, tokenizer.pad_id, digest)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):  # missing or damaged
+        shutil.rmtree(folder, ignore_errors=True)
+    temporary, is_cache_writable = _temporary_folder(folder)
+    try:
+        with os_errors(temporary, "write", hint="set FUNNEL_CACHE to a folder with more space"):
+            job.write(temporary)
+        if source.digest() != digest:
+            raise FunnelError(f"{getattr(source, 'path', 'examples')}: changed while being read; try again")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if is_cache_writable:
         try:
-            return _open(folder, tokenizer.pad_id, digest)
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, FunnelError):  # damaged: it is made again
-            shutil.rmtree(folder, ignore_errors=True)
+            temporary.replace(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(temporary, ignore_errors=True)
+        return _open(folder, tokenizer.pad_id, digest)
+    dataset = _open(temporary, tokenizer.pad_id, digest)
+    weakref.finalize(dataset.token_ids, shutil.rmtree, temporary, ignore_errors=True)
+    return dataset
+
+
+@dataclass(frozen=True)
+class _EncodingJob:
+    """What to encode, and how; the arguments of `encode_examples`."""
+
+    source: ExampleFile | InMemoryExamples
+    label_ids: Mapping[str, int] | None
+    tokenizer: FunnelTokenizer
+    max_length: int
+
+    def cache_key(self, digest: str) -> str:
+        """The name of the cache entry."""
+        labels = None if self.label_ids is None else sorted(self.label_ids.items())
+        key = [CACHE_VERSION, digest, self.tokenizer.tokenizer.to_str(), self.max_length, labels]
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+
+    def write(self, folder: Path) -> None:
+        """Encodes the source chunk by chunk into the files of a folder."""
+        dtype = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.int32
+        label_dtype = np.float32 if self.label_ids is None else np.int32
+        chunks: list[Rows] = []
+        truncation = Truncation()
+        examples = self.source.rows()
+        with (folder / "ids.bin").open("wb") as file:
+            while chunk := list(itertools.islice(examples, CHUNK_SIZE)):
+                texts = [example.text for example in chunk]
+                pairs = None if chunk[0].pair is None else [example.pair or "" for example in chunk]
+                encodings = self.tokenizer.encode(texts, pairs, self.max_length)
+                file.write(_flatten(encodings, dtype).tobytes())
+                labels = np.array([self._label(example) for example in chunk], label_dtype)
+                chunks.append(_make_rows(encodings, labels))
+                truncation = truncation.merge(_measure_truncation(encodings, texts, pairs, self.tokenizer))
+        rows = Rows(*(np.concatenate(arrays) for arrays in zip(*chunks, strict=True)))
+        rows = rows._replace(starts=_starts(rows.lengths))
+        np.savez(folder / "rows.npz", allow_pickle=False, **rows._asdict())
+        write_json(folder / "about.json", {"dtype": np.dtype(dtype).name, "truncation": list(truncation)})
+
+    def _label(self, example: Example) -> float:
+        """An example's label id or score; -1 or nan without a label."""
+        if example.label is None:
+            return math.nan if self.label_ids is None else -1
+        if self.label_ids is not None:
+            if example.label not in self.label_ids:
+                message = f"unknown label {example.label!r}; the labels are {format_list(self.label_ids)}"
+                raise self.source.error(example.line, message)
+            return self.label_ids[example.label]
+        score = parse_score(example.label)
+        if score is None:
+            raise self.source.error(example.line, f"label {example.label!r} is not a finite float32")
+        return score
+
+
+def _temporary_folder(folder: Path) -> tuple[Path, bool]:
+    """Creates a folder beside the cache entry (True) or, with a warning, in the system's temporary directory (False)."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part, is_kept = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=folder.parent)), True
+        return Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent)), True
     except OSError as error:
-        warnings.warn(f"{folder.parent}: cannot be written ({error_reason(error)}); encoded anew in every run", stacklevel=2)
-        part, is_kept = Path(tempfile.mkdtemp(prefix="funnel-")), False
-    try:
-        _write(part, source, labels, tokenizer, max_length)
-        if source.digest() != digest:
-            assert isinstance(source, ExampleFile)
-            raise FunnelError(f"{source.path}: changed while it was read; start again")
-        if is_kept:
-            try:
-                part.replace(folder)
-            except OSError:  # another process was faster
-                shutil.rmtree(part, ignore_errors=True)
-            return _open(folder, tokenizer.pad_id, digest)
-        dataset = _open(part, tokenizer.pad_id, digest)
-        weakref.finalize(dataset, shutil.rmtree, part, ignore_errors=True)
-        return dataset
-    except OSError as error:
-        raise FunnelError(
-            f"{part}: cannot be written ({error_reason(error)}); $FUNNEL_CACHE names another folder for encoded texts"
-        ) from None
-    finally:
-        if is_kept:
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def _write(
-    folder: Path,
-    source: ExampleFile | InMemoryExamples,
-    labels: Mapping[str, int] | None,
-    tokenizer: FunnelTokenizer,
-    max_length: int,
-) -> None:
-    """Encodes a source piece by piece into the files of a folder."""
-    kind = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-    parts: dict[str, list[np.ndarray]] = {"lengths": [], "seconds": [], "labels": []}
-    cut = Cut(0, 0, 0, 0)
-    rows = source.rows()
-    with (folder / "ids.bin").open("wb") as file:
-        while chunk := list(itertools.islice(rows, CHUNK)):
-            texts = [row.text for row in chunk]
-            pairs = None if chunk[0].pair is None else [row.pair or "" for row in chunk]
-            encoded = tokenizer.encode(texts, pairs, max_length)
-            file.write(_ids(encoded, kind).tobytes())
-            found = _rows(encoded, pairs is not None)
-            found["labels"] = np.array(
-                [_label(row, labels, source) for row in chunk], np.float32 if labels is None else np.int32
-            )
-            for name, array in found.items():
-                parts[name].append(array)
-            more = _cut(encoded, texts, pairs, tokenizer)
-            cut = Cut(cut.texts + more.texts, cut.lost + more.lost, cut.tokens + more.tokens, max(cut.longest, more.longest))
-    arrays = {name: np.concatenate(pieces) for name, pieces in parts.items()}
-    arrays["starts"] = np.concatenate([[0], arrays["lengths"][:-1].cumsum(dtype=np.int64)])
-    np.savez(folder / "rows.npz", allow_pickle=False, **arrays)
-    write_json(folder / "about.json", {"ids": np.dtype(kind).name, "cut": list(cut)})
-
-
-def _cut(encoded: Sequence[Encoding], texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: FunnelTokenizer) -> Cut:
-    """What of some texts did not fit."""
-    rows = [i for i, e in enumerate(encoded) if e.cut]
-    whole = tokenizer.encode([texts[i] for i in rows], pairs and [pairs[i] for i in rows], 2**31 - 1) if rows else []
-    lost = sum(len(e.input_ids) for e in whole) - sum(len(encoded[i].input_ids) for i in rows)
-    tokens = sum(len(e.input_ids) for e in encoded) + lost
-    return Cut(len(rows), lost, tokens, max(len(e.input_ids) for e in [*encoded, *whole]))
-
-
-def _ids(encoded: Sequence[Encoding], kind: type) -> np.ndarray:
-    return np.concatenate([np.array(e.input_ids, dtype=kind) for e in encoded])
-
-
-def _rows(encoded: Sequence[Encoding], are_pairs: bool) -> dict[str, np.ndarray]:
-    """Lengths, and where the second texts begin: at the first token of type 1."""
-    lengths = np.array([len(e.input_ids) for e in encoded], dtype=np.int32)
-    seconds = [e.token_type_ids.index(1) for e in encoded] if are_pairs else lengths
-    return {"lengths": lengths, "seconds": np.array(seconds, dtype=np.int32)}
+        message = f"cannot write {folder.parent} ({error_reason(error)}); texts will be encoded again in every run"
+        warnings.warn(message, stacklevel=3)
+        return Path(tempfile.mkdtemp(prefix="funnel-")), False
 
 
 def _open(folder: Path, pad_id: int, digest: str) -> Dataset:
+    """Opens a cache entry. Raises one of several exceptions if it is missing or damaged."""
     about = read_json(folder / "about.json")
-    ids = np.memmap(folder / "ids.bin", dtype=about["ids"], mode="r")
-    with np.load(folder / "rows.npz") as file:
-        rows = dict(file)
-    if int(rows["starts"][-1]) + int(rows["lengths"][-1]) != len(ids):
-        raise FunnelError(f"{folder}: damaged")
-    return Dataset(ids, rows, Cut(*about["cut"]), pad_id, digest)
+    token_ids = np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r")
+    with np.load(folder / "rows.npz") as arrays:
+        rows = Rows(**arrays)
+    if int(rows.starts[-1]) + int(rows.lengths[-1]) != len(token_ids):
+        raise ValueError(f"{folder}: damaged")
+    return Dataset(token_ids, rows, pad_id, Truncation(*about["truncation"]), digest)
 
 
-def to_score(written: str) -> float | None:
-    """The number that a label is; None if it is none, or is not finite in float32."""
-    if "_" in written or not written.isascii():  # Python would take "2020_01", other programs do not
-        return None
-    try:
-        score = float(written)
-    except ValueError:
-        return None
-    return score if abs(score) <= LARGEST_SCORE else None
+def _make_rows(encodings: Sequence[Encoding], labels: np.ndarray) -> Rows:
+    """The rows of encoded examples whose token ids are concatenated."""
+    lengths = np.array([len(encoding.input_ids) for encoding in encodings], dtype=np.int32)
+    pair_starts = [e.token_type_ids.index(1) if e.token_type_ids[-1] == 1 else len(e.input_ids) for e in encodings]
+    return Rows(_starts(lengths), lengths, np.array(pair_starts, dtype=np.int32), labels)
 
 
-def _label(row: Example, labels: Mapping[str, int] | None, source: ExampleFile | InMemoryExamples) -> float:
-    """A row's label id or score."""
-    if labels is None:
-        if row.label is None:
-            return math.nan
-        score = to_score(row.label)
-        if score is None:
-            raise source.error(row.line, f"label {row.label!r} is no number that float32 holds")
-        return score
-    if row.label is None:
-        return -1
-    if row.label not in labels:
-        raise source.error(row.line, f"label {row.label!r} is none of {format_list(labels)}")
-    return labels[row.label]
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], lengths[:-1].cumsum(dtype=np.int64)])
+
+
+def _flatten(encodings: Iterable[Encoding], dtype: type) -> np.ndarray:
+    return np.concatenate([np.array(encoding.input_ids, dtype=dtype) for encoding in encodings])
+
+
+def _measure_truncation(
+    encodings: Sequence[Encoding], texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: FunnelTokenizer
+) -> Truncation:
+    """Encodes the truncated texts again, in full, to count what they lost."""
+    truncated = [i for i, encoding in enumerate(encodings) if encoding.truncated]
+    full: list[Encoding] = []
+    if truncated:
+        full = tokenizer.encode([texts[i] for i in truncated], pairs and [pairs[i] for i in truncated], 2**31 - 1)
+    lost = sum(len(e.input_ids) for e in full) - sum(len(encodings[i].input_ids) for i in truncated)
+    tokens = sum(len(e.input_ids) for e in encodings) + lost
+    return Truncation(len(truncated), lost, tokens, max(len(e.input_ids) for e in [*encodings, *full]))

@@ -1,24 +1,24 @@
-"""The demo task: sentences about films and food, made by a seeded grammar, so that a first run needs no download.
+"""The demo task: sentences about films and food from a seeded grammar, so that a first run needs no download.
 
-The words of a sentence do not tell its label: praise and blame occur equally often under both, and what counts is how
-they are joined (negation, contrast, comparison, degree). The dev set has templates, subjects and openings that the
-training set does not have.
+The words of a sentence do not reveal its label: positive and negative words are equally frequent under both labels. What
+matters is how they are combined (negation, contrast, comparison, degree). The dev set has templates, subjects and openings
+that the training set does not have.
 """
 
 import random
 
-from funnel.data.dataset import InMemoryExamples
+from funnel.data.files import InMemoryExamples
 
-PRAISE = (
+POSITIVE = (
     "good great lovely charming clever fresh funny delightful wonderful brilliant rich warm elegant gripping tender "
     "excellent superb tasty crisp memorable moving bright satisfying splendid"
 ).split()
-BLAME = (
+NEGATIVE = (
     "bad dull bland stale clumsy tedious boring awful flat dreary greasy cold shallow messy tiresome terrible sour "
     "soggy forgettable lifeless grim heavy disappointing dismal"
 ).split()
 
-# Subjects and openings: (in training, held out for dev).
+# Subjects and openings: (training set, dev set).
 SUBJECTS = (
     (
         "film,movie,plot,script,ending,cast,soundtrack,sequel,comedy,thriller,dialogue,first act,lead actor,camera work,"
@@ -36,17 +36,17 @@ OPENINGS = (
     ["", "", "in short , ", "my friends said ", "on sunday ", "it seems to me that "],
 )
 
-# A quarter of the training set's subjects are invented names, so that a model learns to pass over words that it does not
-# know; those of dev are other nouns.
+# A quarter of the training sentences have made-up names as subjects, so that a model learns to ignore unknown words: the
+# dev set's subjects are unknown to it.
 SYLLABLES = "zo,ral,mi,ken,ta,vor,lu,pan,dri,so,bek,ne,ga,fil,ro,ster".split(",")
 
-# Words that leave a sentence's sign as it is, drawn anew for each place.
+# Words that do not change the sentiment, sampled independently for each slot.
 ARTICLES = ("the", "this", "their")
 DEGREES = ("", "", "", "really ", "very ", "so ", "quite ")
 
-# {s}, {t}: subjects. {a}: the word that decides; {o}: one of the opposite kind. The second entry says whether the
-# sentence has the sign of {a} (+1) or the opposite (-1).
-PLAIN = 3  # so many of the training templates are plain statements
+# {s}, {t}: subjects. {a}: the word that decides the label. {o}: a word of the opposite sentiment. The number is 1 if the
+# sentence has the sentiment of {a}, -1 if it has the opposite one.
+N_PLAIN = 3  # the first training templates are plain statements
 TEMPLATES = (
     [
         ("{s} was {a}", 1),
@@ -112,39 +112,39 @@ TEMPLATES = (
 
 
 def examples(train: int = 24000, dev: int = 600, seed: int = 0) -> tuple[InMemoryExamples, InMemoryExamples]:
-    """Makes the training and the dev set: label 1 for praise, 0 for blame, as many of each.
+    """Generates the training and the dev set. Label 1 is positive, 0 negative; each set is balanced.
 
     Args:
-        train, dev: how many sentences.
-        seed: of the grammar's dice; not the training run's, so that all runs see the same task.
+        train, dev: number of sentences.
+        seed: of the grammar; independent of the training run's seed, so that all runs see the same task.
     """
-    dice = random.Random(seed)
-    train_set, dev_set = (_sentences(held_out, count, dice) for held_out, count in ((0, train), (1, dev)))
-    return train_set, dev_set
+    rng = random.Random(seed)
+    train_set = _generate(train, rng, is_dev=False)
+    return train_set, _generate(dev, rng, is_dev=True)
 
 
-def _sentences(held_out: int, count: int, dice: random.Random) -> InMemoryExamples:
-    texts: list[str] = []
-    labels: list[str] = []
-    seen = set()
+def _generate(count: int, rng: random.Random, is_dev: bool) -> InMemoryExamples:
+    """Generates distinct sentences, alternating between the labels."""
+    texts: dict[str, str] = {}  # label by text
     while len(texts) < count:
-        # Plain statements are half of the training set: they teach what the words mean, the others how they combine.
-        plain = held_out == 0 and dice.random() < 1 / 2
-        template, sign = dice.choice(TEMPLATES[held_out][:PLAIN] if plain else TEMPLATES[held_out])
         label = len(texts) % 2
-        deciding, other = (PRAISE, BLAME) if (label == 1) == (sign == 1) else (BLAME, PRAISE)
-        first, second = dice.sample(SUBJECTS[held_out], 2)
-        if held_out == 0 and dice.random() < 1 / 4:
-            first, second = ("".join(dice.sample(SYLLABLES, dice.randint(2, 3))) for _ in range(2))
-        sentence = template.format(
-            s=f"{dice.choice(ARTICLES)} {first}",
-            t=f"{dice.choice(ARTICLES)} {second}",
-            a=dice.choice(DEGREES) + dice.choice(deciding),
-            o=dice.choice(DEGREES) + dice.choice(other),
-        )
-        text = f"{dice.choice(OPENINGS[held_out])}{sentence} ."
-        if text not in seen:
-            seen.add(text)
-            texts.append(text)
-            labels.append(str(label))
-    return InMemoryExamples(texts, None, labels)
+        text = _sentence(label, rng, is_dev)
+        texts.setdefault(text, str(label))
+    return InMemoryExamples(list(texts), None, list(texts.values()))
+
+
+def _sentence(label: int, rng: random.Random, is_dev: bool) -> str:
+    # Half of the training set are plain statements: they teach what the words mean, the others how they combine.
+    is_plain = not is_dev and rng.random() < 1 / 2
+    template, sign = rng.choice(TEMPLATES[is_dev][:N_PLAIN] if is_plain else TEMPLATES[is_dev])
+    deciding, opposite = (POSITIVE, NEGATIVE) if (label == 1) == (sign == 1) else (NEGATIVE, POSITIVE)
+    first, second = rng.sample(SUBJECTS[is_dev], 2)
+    if not is_dev and rng.random() < 1 / 4:
+        first, second = ("".join(rng.sample(SYLLABLES, rng.randint(2, 3))) for _ in range(2))
+    sentence = template.format(
+        s=f"{rng.choice(ARTICLES)} {first}",
+        t=f"{rng.choice(ARTICLES)} {second}",
+        a=rng.choice(DEGREES) + rng.choice(deciding),
+        o=rng.choice(DEGREES) + rng.choice(opposite),
+    )
+    return f"{rng.choice(OPENINGS[is_dev])}{sentence} ."

@@ -1,5 +1,7 @@
 """Encoding, the cache, and batches."""
 
+import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -10,7 +12,7 @@ import torch
 
 from funnel.data import dataset as dataset_module
 from funnel.data import demo
-from funnel.data.dataset import Dataset, InMemoryExamples, encode
+from funnel.data.dataset import Batch, Dataset, InMemoryExamples, Rows, Shard, Truncation, encode_examples
 from funnel.data.files import ExampleFile
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
@@ -36,7 +38,7 @@ def tokenizer(examples):
 
 @pytest.fixture
 def dataset(examples, tokenizer):
-    return encode(examples, LABELS, tokenizer, 20)
+    return encode_examples(examples, LABELS, tokenizer, 20)
 
 
 def write(path, rows):
@@ -45,10 +47,12 @@ def write(path, rows):
 
 
 def rows_of(dataset):
-    return [tuple(map(torch.Tensor.tolist, dataset.batch(np.array([i])))) for i in range(len(dataset))]
+    """Every example of a data set as lists: ids, mask, types, label."""
+    batches = [dataset.batch(np.array([i])) for i in range(len(dataset))]
+    return [tuple(tensor.tolist() for tensor in batch.tensors.values()) for batch in batches]
 
 
-def test_an_epoch_has_every_row_once_and_depends_on_seed_and_epoch(dataset):
+def test_an_epoch_visits_every_row_once_in_an_order_set_by_seed_and_epoch(dataset):
     batches = dataset.training_batches(32, seed=3, epoch=1)
     assert sorted(np.concatenate(batches)) == list(range(700))
     assert all((a == b).all() for a, b in zip(batches, dataset.training_batches(32, seed=3, epoch=1), strict=True))
@@ -57,19 +61,19 @@ def test_an_epoch_has_every_row_once_and_depends_on_seed_and_epoch(dataset):
         assert not all(len(a) == len(b) and (a == b).all() for a, b in zip(batches, other, strict=True))
 
 
-def test_batches_by_length_hold_little_padding(dataset):
+def test_sorting_by_length_reduces_padding(dataset):
     masks = [dataset.batch(rows).attention_mask for rows in dataset.training_batches(32, 0, 0)]
-    real = sum(m.sum().item() for m in masks) / sum(m.numel() for m in masks)
+    sorted_share = sum(m.sum().item() for m in masks) / sum(m.numel() for m in masks)
     shuffled = [dataset.batch(rows).attention_mask for rows in np.array_split(np.random.default_rng(0).permutation(700), 22)]
-    assert real > 0.93 > sum(m.sum().item() for m in shuffled) / sum(m.numel() for m in shuffled)
+    assert sorted_share > 0.93 > sum(m.sum().item() for m in shuffled) / sum(m.numel() for m in shuffled)
 
 
 @pytest.mark.parametrize("chunk", [1024, 100])
-def test_a_batch_holds_what_the_tokenizer_gave(examples, tokenizer, chunk, monkeypatch):
-    monkeypatch.setattr(dataset_module, "CHUNK", chunk)
+def test_batch_contains_the_tokenizers_encodings(examples, tokenizer, chunk, monkeypatch):
+    monkeypatch.setattr(dataset_module, "CHUNK_SIZE", chunk)
     pairs = examples._replace(pairs=[*examples.texts[1:], ""])
     for source in (examples, pairs):
-        dataset = encode(source, LABELS, tokenizer, 20)
+        dataset = encode_examples(source, LABELS, tokenizer, 20)
         rows = np.array([5, 0, 699, 33])
         batch = dataset.batch(rows)
         for i, row in enumerate(rows):
@@ -85,114 +89,120 @@ def test_a_batch_holds_what_the_tokenizer_gave(examples, tokenizer, chunk, monke
         assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
 
 
-def test_what_was_cut_is_counted(tokenizer):
+def test_truncation_is_measured(tokenizer):
     texts = ["a " * 30, "a", "a " * 50]
-    cut = encode(InMemoryExamples(texts, None, ["0"] * 3), LABELS, tokenizer, 12).cut
-    assert cut == (2, (32 - 12) + (52 - 12), 32 + 3 + 52, 52)
-    pairs = encode(InMemoryExamples(texts, ["a " * 5, "a", "a"], ["0"] * 3), LABELS, tokenizer, 12).cut
-    assert pairs == (2, (38 - 12) + (54 - 12), 38 + 5 + 54, 54)
-    assert str(cut) == "2 texts are longer and were cut, which lost 69.0% of all tokens (longest: 52)"
+    truncation = encode_examples(InMemoryExamples(texts, None, ["0"] * 3), LABELS, tokenizer, 12).truncation
+    assert truncation == (2, (32 - 12) + (52 - 12), 32 + 3 + 52, 52)
+    pairs = InMemoryExamples(texts, ["a " * 5, "a", "a"], ["0"] * 3)
+    assert encode_examples(pairs, LABELS, tokenizer, 12).truncation == (2, (38 - 12) + (54 - 12), 38 + 5 + 54, 54)
+    assert str(truncation) == "2 texts truncated, losing 69.0% of all tokens (longest text: 52)"
 
 
-def test_evaluation_has_every_row_once(dataset):
+def test_evaluation_visits_every_row_once_longest_first(dataset):
     batches = list(dataset.evaluation_batches(64))
     assert sorted(np.concatenate(batches)) == list(range(700))
     assert dataset.lengths[batches[0]].min() >= dataset.lengths[batches[-1]].max()
 
 
-def test_scores_are_floats(tokenizer):
-    dataset = encode(InMemoryExamples(["a", "b"], None, ["2.5", "-1e3"]), None, tokenizer, 12)
+def test_scores_are_float32(tokenizer):
+    dataset = encode_examples(InMemoryExamples(["a", "b"], None, ["2.5", "-1e3"]), None, tokenizer, 12)
     labels = dataset.batch(np.array([1, 0])).labels
     assert labels.dtype == torch.float32
     assert labels.tolist() == [-1000, 2.5]
 
 
 @pytest.mark.parametrize(
-    ("label", "labels", "words"),
-    [("2", LABELS, "line 2: label '2' is none of 0, 1"), ("x", None, "label 'x' is no number"), ("nan", None, "no number")],
+    ("label", "label_ids", "message"),
+    [
+        ("2", LABELS, "line 2: unknown label '2'; the labels are 0, 1"),
+        ("x", None, "line 2: label 'x' is not a finite float32"),
+        ("nan", None, "not a finite"),
+    ],
 )
-def test_an_unknown_label_is_an_error_with_its_line_and_leaves_nothing(label, labels, words, tokenizer, tmp_path):
+def test_invalid_label_raises_an_error_with_line_and_leaves_no_files(label, label_ids, message, tokenizer, tmp_path):
     source = write(tmp_path / "a.jsonl", [{"text": "a", "label": "1"}, {"text": "b", "label": label}])
-    with pytest.raises(FunnelError, match=words):
-        encode(source, labels, tokenizer, 12)
+    with pytest.raises(FunnelError, match=message):
+        encode_examples(source, label_ids, tokenizer, 12)
     assert list((cache_dir() / "encoded").iterdir()) == []
 
 
-def test_the_cache_is_used_and_depends_on_content_tokenizer_length_and_labels(tokenizer, tmp_path, monkeypatch):
+def test_cache_depends_on_content_tokenizer_length_and_labels(tokenizer, tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl", [{"text": "good film", "label": "1"}, {"text": "bad", "label": "0"}])
-    first = rows_of(encode(source, LABELS, tokenizer, 12))
-    made = []
-    original = dataset_module._write
-    monkeypatch.setattr(dataset_module, "_write", lambda *arguments: (made.append(1), original(*arguments)))
-    assert rows_of(encode(source, LABELS, tokenizer, 12)) == first
+    first = rows_of(encode_examples(source, LABELS, tokenizer, 12))
+    writes = []
+    original = dataset_module._EncodingJob.write
+    monkeypatch.setattr(dataset_module._EncodingJob, "write", lambda *args: (writes.append(1), original(*args)))
+    assert rows_of(encode_examples(source, LABELS, tokenizer, 12)) == first
     os.utime(source.path, (0, 0))
-    assert rows_of(encode(source, LABELS, tokenizer, 12)) == first
-    assert made == []
-    encode(source, LABELS, tokenizer, 13)
-    assert [row[3] for row in rows_of(encode(source, {"0": 1, "1": 0}, tokenizer, 12))] == [[0], [1]]
-    encode(source, LABELS, FunnelTokenizer.train(["good film bad"] * 9), 12)
-    assert len(made) == 3
+    assert rows_of(encode_examples(source, LABELS, tokenizer, 12)) == first
+    assert writes == []
+    encode_examples(source, LABELS, tokenizer, 13)
+    assert [row[3] for row in rows_of(encode_examples(source, {"0": 1, "1": 0}, tokenizer, 12))] == [[0], [1]]
+    encode_examples(source, LABELS, FunnelTokenizer.train(["good film bad"] * 9), 12)
+    assert len(writes) == 3
     write(source.path, [{"text": "good film", "label": "0"}, {"text": "bad", "label": "0"}])
-    assert [row[3] for row in rows_of(encode(source, LABELS, tokenizer, 12))] == [[0], [0]]
-    assert len(made) == 4
+    assert [row[3] for row in rows_of(encode_examples(source, LABELS, tokenizer, 12))] == [[0], [0]]
+    assert len(writes) == 4
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "rows.npz", "about.json"])
-def test_a_damaged_cache_is_made_again(name, examples, tokenizer):
-    whole = rows_of(encode(examples, LABELS, tokenizer, 20))
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_damaged_cache_entry_is_replaced(name, is_empty, examples, tokenizer):
+    expected = rows_of(encode_examples(examples, LABELS, tokenizer, 20))
     (folder,) = (cache_dir() / "encoded").iterdir()
     content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: len(content) // 2])
-    assert rows_of(encode(examples, LABELS, tokenizer, 20)) == whole
+    (folder / name).write_bytes(b"" if is_empty else content[: len(content) // 2])
+    assert rows_of(encode_examples(examples, LABELS, tokenizer, 20)) == expected
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(examples, tokenizer, tmp_path, monkeypatch):
-    whole = rows_of(encode(examples, LABELS, tokenizer, 20))
+def test_unwritable_cache_gives_a_warning_and_the_same_examples(examples, tokenizer, tmp_path, monkeypatch):
+    expected = rows_of(encode_examples(examples, LABELS, tokenizer, 20))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FUNNEL_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="cannot be written"):
-        assert rows_of(encode(examples, LABELS, tokenizer, 20)) == whole
+    with pytest.warns(UserWarning, match="cannot write"):
+        assert rows_of(encode_examples(examples, LABELS, tokenizer, 20)) == expected
 
 
-def test_a_file_that_changes_while_it_is_read_is_an_error(tokenizer, tmp_path, monkeypatch):
+def test_file_that_changes_while_being_read_raises_an_error(tokenizer, tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl", [{"text": "a", "label": "1"}])
-    original = dataset_module._write
+    original = dataset_module._EncodingJob.write
 
-    def change(*arguments):
-        original(*arguments)
+    def write_and_change(*args):
+        original(*args)
         write(source.path, [{"text": "b", "label": "1"}])
 
-    monkeypatch.setattr(dataset_module, "_write", change)
-    with pytest.raises(FunnelError, match=r"a.jsonl: changed while it was read"):
-        encode(source, LABELS, tokenizer, 12)
+    monkeypatch.setattr(dataset_module._EncodingJob, "write", write_and_change)
+    with pytest.raises(FunnelError, match=r"a.jsonl: changed while being read"):
+        encode_examples(source, LABELS, tokenizer, 12)
     assert list((cache_dir() / "encoded").iterdir()) == []
 
 
-def test_ids_take_two_bytes_each(examples, tokenizer):
-    dataset = encode(examples, LABELS, tokenizer, 20)
+def test_cached_ids_take_two_bytes_each(examples, tokenizer):
+    dataset = encode_examples(examples, LABELS, tokenizer, 20)
     (path,) = (cache_dir() / "encoded").glob("*/ids.bin")
     assert path.stat().st_size == 2 * dataset.lengths.sum()
 
 
-def peak_of_encoding(path, queue):
+def report_peak_memory(path, queue):
     import resource
 
     from funnel.data.tokenizer import FunnelTokenizer
 
     tokenizer = FunnelTokenizer.train(["a good film that is long"] * 5)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    dataset = encode(ExampleFile(path, ("text",), "label"), LABELS, tokenizer, 64)
+    dataset = encode_examples(ExampleFile(path, ("text",), "label"), LABELS, tokenizer, 64)
     queue.put((len(dataset), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
-def test_memory_does_not_grow_with_the_texts(tmp_path):
-    """A file of 47 MB whose texts are mostly cut: what is read stays below a chunk's texts and ids, all of it on disk."""
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """With a 47 MB file whose texts are mostly truncated; only one chunk is in memory at a time."""
     with (tmp_path / "a.tsv").open("w") as file:
         file.write("text\tlabel\n")
         file.writelines(f"a good film {i} {'that is long ' * 18}\t{i % 2}\n" for i in range(190_000))
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=peak_of_encoding, args=(tmp_path / "a.tsv", queue))
+    process = context.Process(target=report_peak_memory, args=(tmp_path / "a.tsv", queue))
     process.start()
     count, kib = queue.get(timeout=240)
     process.join()
@@ -201,9 +211,9 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_a_split_has_every_row_once_and_a_share_of_every_class(tokenizer, share):
+def test_split_is_a_stratified_partition(tokenizer, share):
     labels = ["0"] * 300 + ["1"] * 40
-    dataset = encode(InMemoryExamples(["a " * i for i in range(340)], None, labels), LABELS, tokenizer, 400)
+    dataset = encode_examples(InMemoryExamples(["a " * i for i in range(340)], None, labels), LABELS, tokenizer, 400)
     train, dev = dataset.split(share, seed=3)
     assert sorted(rows_of(train) + rows_of(dev)) == sorted(rows_of(dataset))
     assert [(dev.labels == c).sum() for c in (0, 1)] == [300 * share, 40 * share]
@@ -212,25 +222,129 @@ def test_a_split_has_every_row_once_and_a_share_of_every_class(tokenizer, share)
     assert isinstance(train, Dataset)
 
 
-def test_a_split_of_many_small_classes_takes_its_share_all_the_same(tokenizer):
+def test_split_of_many_small_classes_has_the_requested_size(tokenizer):
     texts = [f"word {i}" for i in range(90)]
     labels = {str(c): c for c in range(40)}  # 30 classes of 2 and 10 of 3
     source = InMemoryExamples(texts, None, [str(i % 30 if i < 60 else 30 + i % 10) for i in range(90)])
-    dataset = encode(source, labels, tokenizer, 16)
+    dataset = encode_examples(source, labels, tokenizer, 16)
     train, dev = dataset.split(0.2, seed=0)
     assert len(dev) == 18
     assert set(train.labels) == set(range(40))
     assert np.bincount(dev.labels).max() == 1
 
 
-def test_a_split_that_leaves_nothing_is_an_error(tokenizer):
-    dataset = encode(InMemoryExamples(["a", "b"], None, ["0", "1"]), LABELS, tokenizer, 12)
+def test_split_with_an_empty_part_raises_an_error(tokenizer):
+    dataset = encode_examples(InMemoryExamples(["a", "b"], None, ["0", "1"]), LABELS, tokenizer, 12)
     with pytest.raises(FunnelError, match="leaves train or dev empty"):
         dataset.split(0.1, 0)
 
 
-@pytest.mark.parametrize("share", [-0.3, 0, 1, float("nan")])
-def test_a_share_that_is_none_is_refused(share, tokenizer):
-    dataset = encode(InMemoryExamples(["a"] * 10, None, ["0", "1"] * 5), LABELS, tokenizer, 12)
-    with pytest.raises(FunnelError, match="--dev-share"):
-        dataset.split(share, 0)
+# --- training batches -------------------------------------------------------------------------------------------------
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    tensors = zip(first.tensors.values(), second.tensors.values(), strict=True)
+    return all(torch.equal(a, b) for a, b in tensors) and first.weight == second.weight
+
+
+def take(dataset, count, **options):
+    return list(itertools.islice(dataset.batches(32, 3, **options), count))
+
+
+def test_batches_iterate_over_consecutive_epochs(dataset):
+    indices = [*dataset.training_batches(32, 3, 0), *dataset.training_batches(32, 3, 1)]  # 22 batches each
+    for batch, index in zip(take(dataset, 44), indices, strict=True):
+        assert equal(batch, dataset.batch(index))
+        assert (batch.weight, batch.n_examples) == (1, len(index))
+
+
+def test_batch_order_matches_published_results():
+    lengths = np.random.default_rng(5).integers(3, 90, 1000).astype(np.int32)
+    rows = Rows(lengths, lengths, lengths, lengths)
+    batches = Dataset(lengths, rows, 0, Truncation()).training_batches(8, seed=7, epoch=2)
+    digest = hashlib.sha256(json.dumps([batch.tolist() for batch in batches]).encode()).hexdigest()
+    assert digest == "09237a00e74b222d9d8eaaf52f1af891080ff45b3438e41fac552431285a3a41"
+
+
+@pytest.mark.parametrize("start", [1, 21, 22, 30])
+def test_batches_can_start_at_any_step(dataset, start):
+    batches = take(dataset, 40)
+    resumed = take(dataset, 40 - start, start=start)
+    assert all(equal(a, b) for a, b in zip(batches[start:], resumed, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_split_the_rows_of_the_global_batch(dataset, world_size):
+    ranks = [take(dataset, 22, shard=Shard(rank, world_size)) for rank in range(world_size)]
+    for batch, *parts in zip(take(dataset, 22), *ranks, strict=True):
+        for name, tensor in batch.tensors.items():
+            assert torch.equal(torch.cat([part.tensors[name] for part in parts]), tensor)
+        assert [part.weight for part in parts] == [len(p.labels) * world_size / len(batch.labels) for p in parts]
+        assert {part.n_examples for part in parts} == {len(batch.labels)}
+
+
+def test_rank_without_a_row_gets_the_first_row_with_weight_0(dataset):
+    small = dataset.subset(np.arange(3))
+    index = small.training_batches(8, 0, 0)[0]
+    batches = [next(small.batches(8, 0, shard=Shard(rank, 5))) for rank in range(5)]
+    assert [batch.weight for batch in batches] == [5 / 3, 5 / 3, 5 / 3, 0, 0]
+    for batch in batches[3:]:
+        assert torch.equal(batch.input_ids, small.batch(index).input_ids[:1])
+        assert [len(micro.labels) for micro in batch.split(4)] == [1]
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 7, 32])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [1, 2, 3, 100])
+def test_weighted_micro_batch_losses_give_the_mean_loss_of_the_global_batch(dataset, n_rows, world_size, n):
+    subset = dataset.subset(np.arange(n_rows))
+    losses = torch.rand(700, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss_of_text = {tuple(dataset.input_ids(i)): losses[i] for i in range(n_rows)}
+
+    def mean_loss(batch):
+        ids = [row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+        return torch.stack([loss_of_text[tuple(row)] for row in ids]).mean()
+
+    ranks = [next(subset.batches(32, 0, shard=Shard(rank, world_size))).split(n) for rank in range(world_size)]
+    assert {len(micro_batches) for micro_batches in ranks} == {min(n, max(1, n_rows // world_size))}
+    sizes = [len(micro.labels) for micro_batches in ranks for micro in micro_batches]
+    assert max(sizes) - min(sizes) <= 2  # one from sharing rows among ranks, one from splitting
+    total = sum(micro.weight * mean_loss(micro) for micro_batches in ranks for micro in micro_batches) / world_size
+    assert float(total) == pytest.approx(float(losses[:n_rows].mean()), rel=1e-12)
+
+
+def test_micro_batches_contain_the_rows_in_order(dataset):
+    batch = dataset.batch(np.arange(10))
+    micro_batches = batch.split(3)
+    assert [len(micro.labels) for micro in micro_batches] == [4, 3, 3]
+    for name, tensor in batch.tensors.items():
+        assert torch.equal(torch.cat([micro.tensors[name] for micro in micro_batches]), tensor)
+
+
+def test_batch_inputs_are_the_models_arguments_and_move_to_a_device(dataset):
+    batch = dataset.batch(np.arange(4)).to("meta")
+    assert list(batch.inputs) == ["input_ids", "attention_mask", "token_type_ids"]
+    assert all(tensor.is_meta for tensor in batch.tensors.values())
+
+
+def encode_in_process(path, cache, barrier):
+    os.environ["FUNNEL_CACHE"] = cache
+    tokenizer = FunnelTokenizer.train(["a good film"] * 5)
+    barrier.wait(60)
+    dataset = encode_examples(ExampleFile(path, ("text",), "label"), LABELS, tokenizer, 64)
+    assert len(dataset) == 5000
+
+
+@pytest.mark.slow
+def test_several_processes_can_encode_the_same_file_at_once(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"text": f"a good film {i}", "label": "1"} for i in range(5000)])
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(3)
+    cache = str(tmp_path / "cache")
+    processes = [context.Process(target=encode_in_process, args=(source.path, cache, barrier)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(list((tmp_path / "cache" / "encoded").iterdir())) == 1

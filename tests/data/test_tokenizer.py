@@ -1,4 +1,4 @@
-"""The tokenizer against transformers' FunnelTokenizer on the same vocabularies."""
+"""The tokenizer agrees with transformers' FunnelTokenizer on the same vocabularies."""
 
 import pytest
 from conftest import shared  # noqa: F401 (the minilm fixture uses it)
@@ -28,58 +28,58 @@ TEXTS = [
 
 @pytest.fixture(params=["<>", "[]"])
 def vocabulary(request, tmp_path):
-    """A vocabulary with the special names of the hub's Funnels, and one with BERT's."""
+    """A vocabulary whose special tokens have the names of the Funnels on the hub, and one with those of BERT."""
     names = ["pad", "unk", "cls", "sep", "mask"]
     special = [f"<{n}>" if request.param == "<>" else f"[{n.upper()}]" for n in names]
     (tmp_path / "vocab.txt").write_text("\n".join(special + WORDS) + "\n", encoding="utf-8")
     return tmp_path
 
 
-def transformers_twin(folder, **more):
+def load_with_transformers(folder):
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(str(folder), **more)
+    return transformers.AutoTokenizer.from_pretrained(str(folder))
 
 
-def agree(ours, peer, first, second=None, max_length=64):
-    """In one call for all texts: called text by text, transformers takes an empty second text for none."""
-    found = ours.encode(first, second, max_length)
+def assert_agrees(tokenizer, peer, first, second=None, max_length=64):
+    """Compares all texts in one call: called text by text, transformers treats an empty second text as missing."""
+    encodings = tokenizer.encode(first, second, max_length)
     expected = peer(first, second, truncation="longest_first", max_length=max_length, return_token_type_ids=True)
     for i, text in enumerate(first):
-        assert found[i].input_ids == expected["input_ids"][i], text
-        assert found[i].token_type_ids == expected["token_type_ids"][i], text
+        assert encodings[i].input_ids == expected["input_ids"][i], text
+        assert encodings[i].token_type_ids == expected["token_type_ids"][i], text
 
 
-def test_ids_and_types_are_transformers_for_single_texts_and_pairs(vocabulary, tmp_path):
-    ours = FunnelTokenizer.load(vocabulary)
+def test_encodings_match_transformers_for_single_texts_and_pairs(vocabulary, tmp_path):
+    tokenizer = FunnelTokenizer.load(vocabulary)
     out = tmp_path / "out"
     out.mkdir()
-    ours.save_for_transformers(out)
-    peer = transformers_twin(out)
+    tokenizer.save_for_transformers(out)
+    peer = load_with_transformers(out)
     for max_length in (4, 7, 10, 200):
-        agree(ours, peer, TEXTS, max_length=max_length)
-        agree(ours, peer, TEXTS, TEXTS[::-1], max_length)
-        agree(ours, peer, TEXTS, TEXTS[3:] + TEXTS[:3], max_length)
+        assert_agrees(tokenizer, peer, TEXTS, max_length=max_length)
+        assert_agrees(tokenizer, peer, TEXTS, TEXTS[::-1], max_length)
+        assert_agrees(tokenizer, peer, TEXTS, TEXTS[3:] + TEXTS[:3], max_length)
 
 
-def test_ids_are_those_of_transformers_own_funnel_tokenizer(vocabulary):
+def test_encodings_match_transformers_funnel_tokenizer(vocabulary):
     transformers = pytest.importorskip("transformers")
-    ours = FunnelTokenizer.load(vocabulary)
+    tokenizer = FunnelTokenizer.load(vocabulary)
     tokens = (vocabulary / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    names = {f"{role}_token": name for role, name in ours.names.items()}
+    names = {f"{role}_token": name for role, name in tokenizer.names.items()}
     peer = transformers.FunnelTokenizer(vocab={token: i for i, token in enumerate(tokens)}, **names)
-    agree(ours, peer, TEXTS)
-    agree(ours, peer, TEXTS, TEXTS[::-1], 12)
+    assert_agrees(tokenizer, peer, TEXTS)
+    assert_agrees(tokenizer, peer, TEXTS, TEXTS[::-1], 12)
 
 
-def test_real_vocabulary(minilm, tmp_path):
-    ours = FunnelTokenizer.load(minilm)
-    ours.save_for_transformers(tmp_path)
-    peer = transformers_twin(tmp_path)
-    agree(ours, peer, TEXTS, max_length=128)
-    agree(ours, peer, TEXTS, TEXTS[::-1], 24)
+def test_encodings_match_transformers_with_a_real_vocabulary(minilm, tmp_path):
+    tokenizer = FunnelTokenizer.load(minilm)
+    tokenizer.save_for_transformers(tmp_path)
+    peer = load_with_transformers(tmp_path)
+    assert_agrees(tokenizer, peer, TEXTS, max_length=128)
+    assert_agrees(tokenizer, peer, TEXTS, TEXTS[::-1], 24)
 
 
-def test_from_tokenizer_json_as_from_the_vocabulary(vocabulary, tmp_path):
+def test_tokenizer_json_and_vocabulary_give_the_same_encodings(vocabulary, tmp_path):
     from_vocabulary = FunnelTokenizer.load(vocabulary)
     folder = tmp_path / "json"
     folder.mkdir()
@@ -87,54 +87,73 @@ def test_from_tokenizer_json_as_from_the_vocabulary(vocabulary, tmp_path):
     assert FunnelTokenizer.load(folder).encode(TEXTS, TEXTS[::-1]) == from_vocabulary.encode(TEXTS, TEXTS[::-1])
 
 
-def test_cls_has_type_2_and_the_second_text_type_1(vocabulary):
-    ours = FunnelTokenizer.load(vocabulary)
-    (encoding,) = ours.encode(["good film"], ["not good"])
+def test_cls_has_token_type_2_and_second_text_type_1(vocabulary):
+    tokenizer = FunnelTokenizer.load(vocabulary)
+    (encoding,) = tokenizer.encode(["good film"], ["not good"])
     assert encoding.token_type_ids == [2, 0, 0, 0, 1, 1, 1]
-    assert encoding.input_ids[0] == ours.cls_id
+    assert encoding.input_ids[0] == tokenizer.cls_id
 
 
-def test_the_longer_text_of_a_pair_is_cut_first(vocabulary):
-    ours = FunnelTokenizer.load(vocabulary)
-    (encoding,) = ours.encode(["a b c d a b c d"], ["a b"], 9)
+def test_longer_text_of_a_pair_is_truncated_first(vocabulary):
+    tokenizer = FunnelTokenizer.load(vocabulary)
+    (encoding,) = tokenizer.encode(["a b c d a b c d"], ["a b"], 9)
     assert encoding.token_type_ids == [2, 0, 0, 0, 0, 0, 1, 1, 1]
-    assert encoding.cut
-    assert not ours.encode(["a b"], ["a b"], 9)[0].cut
+    assert encoding.truncated
+    assert not tokenizer.encode(["a b"], ["a b"], 9)[0].truncated
 
 
-def test_an_empty_text_is_cls_and_sep(vocabulary):
-    ours = FunnelTokenizer.load(vocabulary)
-    assert ours.encode([""])[0].input_ids == [ours.cls_id, ours.ids["sep"]]
+def test_empty_text_is_encoded_as_cls_and_sep(vocabulary):
+    tokenizer = FunnelTokenizer.load(vocabulary)
+    assert tokenizer.encode([""])[0].input_ids == [tokenizer.cls_id, tokenizer.ids["sep"]]
 
 
-def test_too_short_a_limit_is_an_error(vocabulary):
-    with pytest.raises(FunnelError, match="--max-length 2"):
+def test_max_length_without_room_for_text_raises_an_error(vocabulary):
+    with pytest.raises(FunnelError, match="invalid max_length 2: expected more than the 2 special tokens"):
         FunnelTokenizer.load(vocabulary).encode(["a"], max_length=2)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
-        (None, b"", "has no tokenizer"),
+        (None, b"", "no tokenizer"),
         ("tokenizer.json", b"{}", "damaged"),
         ("tokenizer.json", b"\xff\xfe", "damaged"),
         ("vocab.txt", b"a\nb\n", "<pad>"),
         ("vocab.txt", b"\xff\n", "UTF-8"),
         ("vocab.txt", b"", "<pad>"),
+        ("vocab.txt", b"a\nb\na\n", "duplicate token 'a'"),
     ],
 )
-def test_damaged_files_are_errors_that_name_them(tmp_path, name, content, words):
+def test_damaged_files_raise_errors_that_name_them(tmp_path, name, content, message):
     if name:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(FunnelError, match=words) as error:
+    with pytest.raises(FunnelError, match=message) as error:
         FunnelTokenizer.load(tmp_path)
     assert str(tmp_path / (name or "")) in str(error.value)
 
 
-def test_a_trained_vocabulary_is_the_same_every_time():
+def test_trained_vocabulary_is_reproducible_and_spells_rare_words():
     texts = ["the film was good", "the soup was bad"] * 5 + ["rare"]
     first, second = FunnelTokenizer.train(texts), FunnelTokenizer.train(texts)
     assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
     ids = first.encode(["the rare soup"])[0].input_ids
     assert first.ids["unk"] not in ids
     assert len(ids) == 2 + 2 + len("rare")
+
+
+def test_vocabulary_larger_than_the_model_is_rejected(vocabulary):
+    tokenizer = FunnelTokenizer.load(vocabulary)
+    size = tokenizer.vocab_size
+    tokenizer.check_vocab_size(size, "checkpoint")
+    with pytest.raises(FunnelError, match=f"checkpoint: .* ids up to {size - 1}, but the model has {size - 1} embeddings"):
+        tokenizer.check_vocab_size(size - 1, "checkpoint")
+
+
+def test_call_pads_to_the_longest_text():
+    tokenizer = FunnelTokenizer.train(["a good film"] * 5)
+    batch = tokenizer(["a good film", "film"], ["good", "a"])
+    long, short = tokenizer.encode(["a good film", "film"], ["good", "a"])
+    n = len(short.input_ids)
+    assert batch["input_ids"].tolist() == [long.input_ids, short.input_ids + [tokenizer.pad_id] * 2]
+    assert batch["attention_mask"].tolist() == [[1] * (n + 2), [1] * n + [0, 0]]
+    assert batch["token_type_ids"].tolist() == [long.token_type_ids, [*short.token_type_ids, 0, 0]]
