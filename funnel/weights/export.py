@@ -1,8 +1,8 @@
-"""A model as one file that runs without this project: ONNX, and PyTorch's own exported program.
+"""Exporting a classifier to one file that runs without this project: ONNX, or a PyTorch exported program.
 
-Both take input_ids, attention_mask and token_type_ids, [b, l] int64 each, of any number of texts and any length, and give
-the logits. Attention runs in the plain way of attend.py, which both formats can express. Inputs are padded to a multiple
-of 2**(blocks - 1) within, which changes no result (pooling.py says why) and lets one graph serve every length.
+Both take input_ids, attention_mask and token_type_ids, [b, l] int64 each, for any batch size and length, and return the
+logits. They use the eager attention backend, whose operations both formats support. Inputs are padded to a multiple of
+2**(blocks - 1) inside the graph; this does not change results (see pooling.py) and lets one graph serve all lengths.
 """
 
 import contextlib
@@ -16,63 +16,82 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funnel.errors import FunnelError, error_reason
-from funnel.model.heads import Funnel, FunnelForSequenceClassification
+from funnel.io import write_json
+from funnel.model import checkpoint
+from funnel.model.checkpoint import Checkpoint
+from funnel.model.heads import MODELS, FunnelForSequenceClassification, FunnelPreTrainedModel
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-OPSET = 18  # of ONNX: what PyTorch's exporter writes without converting
+OPSET = 18  # native to PyTorch's exporter: needs no version conversion
 
 
-class _Padded(nn.Module):
-    """A model whose inputs may have any length, and whose inner lengths halve without a remainder."""
+class PaddedModel(nn.Module):
+    """A model that pads its inputs, so that every pooled length is half the previous one without a remainder."""
 
-    def __init__(self, model: Funnel) -> None:
+    def __init__(self, model: FunnelPreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.multiple = 2 ** (len(model.config.block_sizes) - 1)
+        self.multiple = 2 ** (len(model.config.blocks) - 1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        main_process_first = torch.stack([input_ids, attention_mask, token_type_ids])  # one shape for all three
-        length = main_process_first.shape[2]
-        # Three multiples at least: inner sizes of one are sizes that exporters treat apart.
-        wanted = ((length - 1) // self.multiple + 3) * self.multiple
-        return self.model(*F.pad(main_process_first, (0, wanted - length)).unbind())
+        inputs = torch.stack([input_ids, attention_mask, token_type_ids])  # tells the exporter that the shapes are equal
+        length = inputs.shape[2]
+        # At least three multiples: exporters specialize on dimensions of size one.
+        padded_length = ((length - 1) // self.multiple + 3) * self.multiple
+        return self.model(*F.pad(inputs, (0, padded_length - length)).unbind())
 
 
-def export_torch(model: Funnel) -> torch.export.ExportedProgram:
-    """The model as an exported program; `torch.export.save` writes it, `.module()` calls it.
+def export_torch(model: FunnelPreTrainedModel) -> torch.export.ExportedProgram:
+    """Exports a classifier; `torch.export.save` writes the program, `.module()` makes it callable.
 
     Raises:
-        FunnelError: it is no classifier of texts. The results of other heads have a place for every token, those that an
-            exported model pads with among them.
+        FunnelError: the model is not a sequence classifier. Other heads have one output per token, including padding.
     """
     if not isinstance(model, FunnelForSequenceClassification):
-        raise FunnelError(f"a {type(model).__name__} cannot be exported, only a FunnelForSequenceClassification")
-    example = tuple(torch.ones(2, 9, dtype=torch.int64) for _ in INPUTS)  # one tensor given thrice would be one input
-    sizes = {0: torch.export.Dim("texts", min=1), 1: torch.export.Dim("length", min=1)}
-    with _quietly():
-        return torch.export.export(_Padded(model.eval()), example, dynamic_shapes=(sizes,) * 3, strict=False)
+        raise FunnelError(f"cannot export a {type(model).__name__}, only a FunnelForSequenceClassification")
+    example = tuple(torch.ones(2, 9, dtype=torch.int64) for _ in INPUTS)  # a shared tensor would be a single input
+    dynamic_shape = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1)}
+    with _silence_exporter():
+        return torch.export.export(PaddedModel(model.eval()), example, dynamic_shapes=(dynamic_shape,) * 3, strict=False)
 
 
 def export_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Writes what `export_torch` gave as an ONNX file with the inputs `INPUTS` and the output "logits".
+    """Writes a program from `export_torch` as an ONNX file with the inputs `INPUTS` and the output "logits".
 
     Raises:
-        FunnelError: the packages of the extra "onnx" are not installed.
+        FunnelError: the extra "onnx" is not installed.
     """
     try:
-        import onnxscript  # noqa: F401  # the exporter needs it
+        import onnxscript  # noqa: F401  # required by the exporter
     except ImportError as error:
-        raise FunnelError(f"ONNX needs the extra onnx ({error_reason(error)}): pip install -e '.[onnx]'") from None
-    with _quietly():
+        raise FunnelError(
+            f"ONNX export requires the onnx extra ({error_reason(error)}); run pip install 'funnel-transformer[onnx]'"
+        ) from None
+    with _silence_exporter():
         torch.onnx.export(
-            program, (), path, input_names=INPUTS, output_names=["logits"], opset_version=OPSET,
-            dynamo=True, external_data=False, verbose=False,
-        )  # fmt: skip
+            program,
+            (),
+            path,
+            input_names=INPUTS,
+            output_names=["logits"],
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def write_onnx(folder: Path, saved: Checkpoint) -> None:
+    """Writes model.onnx and config.json of a classifier into an existing folder."""
+    model = MODELS[saved.architecture](saved.config)
+    model.load_state_dict(saved.weights)
+    export_onnx(export_torch(model), folder / "model.onnx")
+    write_json(folder / checkpoint.CONFIG, saved.config.to_dict())
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the exporters' notes to their own developers."""
+def _silence_exporter() -> Iterator[None]:
+    """Suppresses messages that are meant for the exporter's developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,21 +1,21 @@
-"""The original authors' PyTorch format: model.pt, net_config.pytorch.json, vocab.uncased.txt. Read only.
+"""The original authors' PyTorch format, read only: model.pt, net_config.pytorch.json, vocab.uncased.txt.
 
-Layers are counted from first to last; a layer's attention and feed-forward are format_list apart. Matrices are stored
-[inputs, outputs], those of the attention with heads and width as two axes. The released archives hold the encoder; a
-fine-tuned model has the classifier too. Two settings are not in the config file but on the original's command line:
-attention type (which makes no difference to the result) and `truncate_seq` (true in all the authors' scripts).
+Layers are numbered consecutively across blocks, attention and feed-forward separately. Matrices are stored as
+[inputs, outputs], those of the attention with separate axes for n_head and d_head. The released archives contain the encoder;
+a fine-tuned model also has the classifier. Two settings are command-line options of the original code and not in its config
+file: the attention type, which does not change results, and `truncate_seq`, which all of the authors' scripts set.
 """
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from funnel.model import checkpoint
-from funnel.io import read_json
-from funnel.model.config import FunnelConfig, parse_blocks
-from funnel.weights.key_map import Source, Transform, model_state, rename, check_exact_match
 from funnel.errors import FunnelError
+from funnel.model.config import FunnelConfig, parse_blocks
+from funnel.weights.key_map import ConvertedWeights, Format, RawCheckpoint, check_exact_match, meta_state_dict, rename
 
 CONFIG, WEIGHTS = "net_config.pytorch.json", "model.pt"
 
@@ -49,15 +49,15 @@ TABLE = {
     "cls_head.3.bias": "classifier.linear_out.bias",
 }
 
-# What is stored another way than ours, by the end of our name.
-TRANSFORMS: dict[str, Transform] = {
+# Conversions of tensors that are stored in another shape, by a regular expression for the end of our name.
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     r"[qkv]_head\.weight": lambda w: w.flatten(1).T,  # [d_model, n_head, d_head] -> [n_head * d_head, d_model]
     r"[kv]_head\.bias": lambda w: w.flatten(),  # [n_head, d_head] -> [n_head * d_head]
     r"post_proj\.weight": lambda w: w.flatten(0, -2).T,  # [n_head, d_head, d_model] -> [d_model, n_head * d_head]
     r"linear_\w+\.weight": lambda w: w.T,  # [inputs, outputs] -> [outputs, inputs]
 }
 
-# Fields of net_config.pytorch.json by our names.
+# Our config fields -> fields of net_config.pytorch.json.
 FIELDS = {
     "vocab_size": "vocab_size",
     "d_model": "d_model",
@@ -73,61 +73,55 @@ FIELDS = {
 }
 
 
-def is_format(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file()
-
-
-def read(folder: Path) -> Source:
-    """Reads the encoder, and the classifier where there is one.
+def parse_config(values: Mapping[str, Any], path: Path) -> FunnelConfig:
+    """Converts net_config.pytorch.json, which has no labels.
 
     Raises:
-        FunnelError: a file is missing or damaged, or the two do not fit main_process_first.
+        FunnelError: a field is missing, invalid, or has a value that is not supported.
     """
-    config = read_config(folder)
-    weights = checkpoint.read_weights(folder / WEIGHTS)
-    ours: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        renamed = rename(name, TABLE, config.block_sizes) or name
-        for ending, transform in TRANSFORMS.items():
-            if re.search(ending + "$", renamed):
-                try:
-                    tensor = transform(tensor)
-                except (IndexError, RuntimeError):
-                    raise FunnelError(
-                        f"{folder / WEIGHTS}: weight {name} has the impossible shape {list(tensor.shape)}"
-                    ) from None
-        ours[renamed] = tensor.contiguous()
-    outputs = ours.get("classifier.linear_out.bias")
-    if outputs is not None:
-        config = config.replace(id2label={i: f"LABEL_{i}" for i in range(outputs.numel())})
-    architecture = "FunnelBaseModel" if outputs is None else "FunnelForSequenceClassification"
-    check_exact_match(ours, model_state(architecture, config), folder)
-    return Source("original", folder, config, ours, architecture)
-
-
-def read_config(folder: Path) -> FunnelConfig:
-    """net_config.pytorch.json as our config; it says nothing of labels.
-
-    Raises:
-        FunnelError: it is missing, damaged, or of a network that is no Funnel of ours.
-    """
-    path = folder / CONFIG
-    values = read_json(path)
-    if missing := [theirs for theirs in [*FIELDS.values(), "block_size"] if theirs not in values]:
-        raise FunnelError(f"{path}: lacks the field {missing[0]!r}")
-    for name, only in (("pooling_size", 2), ("d_embed", values["d_model"])):
-        if values.get(name, only) != only:
-            raise FunnelError(f"{path}: {name} is {values[name]!r}; only {only!r} is supported")
+    if missing := [name for name in [*FIELDS.values(), "block_size"] if name not in values]:
+        raise FunnelError(f"{path}: missing field {missing[0]!r}")
+    for name, supported in (("pooling_size", 2), ("d_embed", values["d_model"])):
+        if values.get(name, supported) != supported:
+            raise FunnelError(f"{path}: {name} {values[name]!r} is not supported, only {supported!r}")
     try:
-        sizes, repeats = parse_blocks(str(values["block_size"]))
+        blocks = parse_blocks(str(values["block_size"]))
     except FunnelError:
-        raise FunnelError(f"{path}: block_size {values['block_size']!r} is no layout such as 4_4_4 or 6_3x2_3x2") from None
-    return FunnelConfig.from_dict(
-        {
-            **{our: values[their] for our, their in FIELDS.items()},
-            "block_sizes": sizes,
-            "block_repeats": repeats,
-            "num_decoder_layers": 0,
-        },
-        str(path),
-    )
+        raise FunnelError(
+            f"{path}: invalid block_size {values['block_size']!r}: expected layer counts such as 4_4_4 or 6_3x2_3x2"
+        ) from None
+    sizes = {"block_sizes": [block.layers for block in blocks], "block_repeats": [block.repeats for block in blocks]}
+    renamed = {field: values[name] for field, name in FIELDS.items()}
+    return FunnelConfig.from_dict({**renamed, **sizes, "num_decoder_layers": 0}, str(path))
+
+
+def convert(raw: RawCheckpoint) -> ConvertedWeights:
+    """Renames and reshapes the encoder, and the classifier if there is one.
+
+    Raises:
+        FunnelError: the weights do not match the config.
+    """
+    config, weights = raw.config, {}
+    for name, tensor in raw.tensors.items():
+        renamed = rename(name, TABLE, config.blocks) or name
+        try:
+            weights[renamed] = _transform(renamed, tensor).contiguous()
+        except (IndexError, RuntimeError):  # too few dimensions
+            raise FunnelError(f"{raw.folder / WEIGHTS}: weight {name} has an invalid shape {list(tensor.shape)}") from None
+    architecture = "FunnelBaseModel"
+    if "classifier.linear_out.bias" in weights:
+        architecture = "FunnelForSequenceClassification"
+        labels = range(weights["classifier.linear_out.bias"].numel())
+        config = config.replace(id2label={label: f"LABEL_{label}" for label in labels})
+    check_exact_match(weights, meta_state_dict(architecture, config), raw.folder)
+    return ConvertedWeights(config, weights, architecture)
+
+
+def _transform(name: str, tensor: Tensor) -> Tensor:
+    for ending, transform in TRANSFORMS.items():
+        if re.search(ending + "$", name):
+            return transform(tensor)
+    return tensor
+
+
+FORMAT = Format("original", CONFIG, (WEIGHTS,), parse_config, convert)

@@ -1,26 +1,27 @@
-"""transformers' format, both ways: config.json (model_type funnel) beside model.safetensors or pytorch_model.bin.
+"""transformers' format, read and written: config.json (model_type funnel) and model.safetensors or pytorch_model.bin.
 
-The hub's funnel-transformer/* come from bare models, whose names have no prefix; a model with a head has "funnel." before
-the names of its body. The table is for the names without it.
+Bare models, such as the hub's funnel-transformer/*, have names without a prefix; in a model with a head, the names of the
+body start with "funnel.". The table lists the names without it.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from funnel.errors import FunnelError
+from funnel.io import write_json
 from funnel.model import checkpoint
 from funnel.model.checkpoint import BODY, Checkpoint
-from funnel.io import read_json, write_json
 from funnel.model.config import FunnelConfig
-from funnel.weights.key_map import Source, first_file, model_state, rename, check_exact_match
-from funnel.errors import FunnelError
 from funnel.model.heads import MODELS
+from funnel.weights.key_map import ConvertedWeights, Format, RawCheckpoint, check_exact_match, meta_state_dict, rename
 
 PREFIX = "funnel."
 CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _LAYER = (
     "attention.q_head.weight",
@@ -45,7 +46,7 @@ _LAYER = (
     "ffn.layer_norm.bias",
 )
 
-# Theirs to ours. Both follow the paper's names, so a layer's are the same.
+# transformers' names -> ours. Both follow the paper, so the names within a layer are the same.
 TABLE = {
     "embeddings.word_embeddings.weight": "embeddings.word_embeddings.weight",
     "embeddings.layer_norm.weight": "embeddings.layer_norm.weight",
@@ -66,77 +67,63 @@ TABLE = {
     "qa_outputs.weight": "qa_outputs.weight",
     "qa_outputs.bias": "qa_outputs.bias",
 }
-BACK = {ours: theirs for theirs, ours in TABLE.items()}
+INVERSE_TABLE = {ours: theirs for theirs, ours in TABLE.items()}
 
 
-def is_format(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("model_type") == "funnel"
-
-
-def read(folder: Path) -> Source:
-    """Reads a model of any class, with or without the prefix, in one file or in shards.
+def parse_config(values: Mapping[str, Any], path: Path) -> FunnelConfig:
+    """Converts config.json; null means a field's default.
 
     Raises:
-        FunnelError: a file is missing or damaged, or the weights do not fit the config.
+        FunnelError: a field is invalid.
     """
-    config, values = read_config(folder), read_json(folder / CONFIG)
-    weights = checkpoint.read_weights(first_file(folder, WEIGHTS))
-    left_out = {}
-    ours: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        ours[rename(name.removeprefix(PREFIX), TABLE) or name] = tensor
-    architecture = _architecture(values, ours, config)
-    output_weights = ours.pop("lm_head.weight", None)
-    if output_weights is not None:
-        if not torch.equal(output_weights, ours.get("embeddings.word_embeddings.weight", torch.empty(0))):
-            raise FunnelError(f"{folder}: lm_head.weight is not tied to the word embeddings, which is not supported")
-        left_out["lm_head.weight"] = "the same as the word embeddings, which serve for both"
-    if architecture == "FunnelBaseModel" and config.num_decoder_layers:
+    return FunnelConfig.from_dict({name: value for name, value in values.items() if value is not None}, str(path))
+
+
+def convert(raw: RawCheckpoint) -> ConvertedWeights:
+    """Renames the weights of any model class, with or without the prefix.
+
+    Raises:
+        FunnelError: the weights do not match the config, or the LM head is not tied to the word embeddings.
+    """
+    weights = {rename(name.removeprefix(PREFIX), TABLE) or name: tensor for name, tensor in raw.tensors.items()}
+    unused = {}
+    output_embeddings = weights.pop("lm_head.weight", None)
+    if output_embeddings is not None:
+        if not torch.equal(output_embeddings, weights.get("embeddings.word_embeddings.weight", torch.empty(0))):
+            raise FunnelError(f"{raw.folder}: lm_head.weight is not tied to the word embeddings, which is not supported")
+        unused["lm_head.weight"] = "tied to the word embeddings"
+    config = raw.config
+    architecture = detect_architecture(checkpoint.read_architecture(raw.config_values), weights, config)
+    if architecture == "FunnelBaseModel":
         config = config.replace(num_decoder_layers=0)
-    check_exact_match(ours, model_state(architecture, config), folder)
-    return Source("transformers", folder, config, ours, architecture, left_out)
+    check_exact_match(weights, meta_state_dict(architecture, config), raw.folder)
+    return ConvertedWeights(config, weights, architecture, unused)
 
 
-def read_config(folder: Path) -> FunnelConfig:
-    """The config, without the weights.
-
-    Raises:
-        FunnelError: it is missing or damaged.
-    """
-    values = read_json(folder / CONFIG)
-    given = {name: value for name, value in values.items() if value is not None}  # null stands for the default
-    return FunnelConfig.from_dict(given, str(folder / CONFIG))
-
-
-def _architecture(values: dict[str, Any], weights: dict[str, Tensor], config: FunnelConfig) -> str:
-    """The class that the weights are of: the config's, where its head is there, else told by the names."""
-    heads = {name for name in weights if not name.startswith(BODY)} - {"lm_head.weight"}
-    declared = checkpoint.architecture(values)
-    candidates = [declared] if declared in MODELS else []
+def detect_architecture(declared: str, weights: Mapping[str, Tensor], config: FunnelConfig) -> str:
+    """Determines the model class from the weights: the declared class if its head matches, else the first that matches."""
+    head = {name for name in weights if not name.startswith(BODY)}
     has_decoder = any(name.startswith("decoder.") for name in weights)
-    for name in [*candidates, *MODELS]:
-        state = model_state(name, config)
-        decoder_fits = MODELS[name].has_decoder == has_decoder or not config.num_decoder_layers
-        if {n for n in state if not n.startswith(BODY)} == heads and decoder_fits:
+    for name in [declared, *MODELS] if declared in MODELS else MODELS:
+        decoder_matches = MODELS[name].has_decoder == has_decoder or not config.num_decoder_layers
+        if decoder_matches and head == {weight for weight in meta_state_dict(name, config) if not weight.startswith(BODY)}:
             return name
     return declared if declared in MODELS else ("FunnelModel" if has_decoder else "FunnelBaseModel")
 
 
-def write(folder: Path, saved: Checkpoint) -> None:
-    """Writes a checkpoint of ours into a folder so that transformers' `from_pretrained` reads it.
-
-    Args:
-        folder: exists, and is written into (the caller sees to it that it appears whole).
-    """
-    bare = saved.architecture in ("FunnelModel", "FunnelBaseModel")
+def write_huggingface(folder: Path, saved: Checkpoint) -> None:
+    """Writes config.json and model.safetensors for transformers' `from_pretrained` into an existing folder."""
+    is_bare = saved.architecture in ("FunnelModel", "FunnelBaseModel")
     config = saved.config
-    if saved.architecture == "FunnelForQuestionAnswering":  # transformers makes as many outputs as there are labels
-        config = config.replace(id2label={0: "LABEL_0", 1: "LABEL_1"}, block_repeats=config.repeats)
-    values = {"model_type": "funnel", "architectures": [saved.architecture], **config.to_dict()}
+    if saved.architecture == "FunnelForQuestionAnswering":  # transformers creates as many outputs as there are labels
+        config = config.replace(id2label={0: "LABEL_0", 1: "LABEL_1"})
     weights = {}
     for name, tensor in saved.weights.items():
-        theirs = rename(name, BACK)
-        assert theirs is not None, f"{name} has no row in the table"
-        weights[PREFIX + theirs if name.startswith(BODY) and not bare else theirs] = tensor
-    write_json(folder / CONFIG, values)
+        renamed = rename(name, INVERSE_TABLE)
+        assert renamed is not None, f"{name} is not in the table"
+        weights[PREFIX + renamed if name.startswith(BODY) and not is_bare else renamed] = tensor
+    write_json(folder / CONFIG, {"model_type": "funnel", "architectures": [saved.architecture], **config.to_dict()})
     checkpoint.save_weights(folder / "model.safetensors", weights)
+
+
+FORMAT = Format("transformers", CONFIG, WEIGHT_FILES, parse_config, convert)

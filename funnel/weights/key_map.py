@@ -1,100 +1,133 @@
-"""What every format's reader returns, and the way that a table of names is applied.
+"""Shared by all formats: the types that they exchange with load.py, renaming weights by a table, checking the result.
 
-A table maps their names to ours. Each {} in a row stands for a number, the same ones on both sides in order. Formats
-that count layers from first to last, whatever their block, have "layer.{}" on our side; `rename` puts the block in.
+A table maps a format's weight names to the names in our models' state dicts. Each {} stands for a number; numbers
+correspond in order. A format that numbers its layers consecutively across blocks has "layer.{}" on our side, which `rename`
+turns into the block and the layer within that block.
+
+To add a format, write a module with a `FORMAT` (see `Format`) and have `load.detect_format` recognize it.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from funnel.model import checkpoint
-from funnel.model.config import FunnelConfig
+from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
+from funnel.model.checkpoint import check_names, check_shape
+from funnel.model.config import BlockSpec, FunnelConfig
 from funnel.model.heads import MODELS
 
-Table = Mapping[str, str]
-Transform = Callable[[Tensor], Tensor]
 
-
-@dataclass
-class Source:
-    """A checkpoint of any format, in our terms.
+@dataclass(frozen=True)
+class RawCheckpoint:
+    """The contents of a checkpoint's files, with the format's own weight names.
 
     Attributes:
-        format: name of the format, for people.
-        folder: where it was found; its tokenizer files are there too.
-        config, weights, architecture: as in our checkpoints.
-        left_out: what was read and not kept, with the reasons.
-        made: what the source does not have, with what it starts as.
+        folder: where it was read from, for error messages.
+        config_values: the parsed config file.
+        config: the same as a FunnelConfig.
+        tensors: the weights.
+        tokenizer: None if the folder has none.
     """
 
-    format: str
     folder: Path
+    config_values: Mapping[str, Any]
+    config: FunnelConfig
+    tensors: dict[str, Tensor]
+    tokenizer: FunnelTokenizer | None
+
+    def require_tokenizer(self) -> FunnelTokenizer:
+        """The tokenizer; FunnelError if there is none."""
+        return require_tokenizer(self.tokenizer, self.folder)
+
+
+class ConvertedWeights(NamedTuple):
+    """A converted checkpoint, checked against the model.
+
+    Attributes:
+        config: may contain more than the config file, such as the number of labels.
+        weights: the complete state dict of `architecture`.
+        architecture: name of the model class, one of `MODELS`.
+        unused: unused weights of the source; values are the reasons.
+        initialized: weights that the source does not have; values say how they were initialized.
+    """
+
     config: FunnelConfig
     weights: dict[str, Tensor]
     architecture: str
-    left_out: dict[str, str] = field(default_factory=dict)
-    made: dict[str, str] = field(default_factory=dict)
+    unused: Mapping[str, str] = {}
+    initialized: Mapping[str, str] = {}
 
 
-def first_file(folder: Path, names: Iterable[str]) -> Path:
-    """The first of some files that a folder has.
+class Format(NamedTuple):
+    """A checkpoint format that can be read.
 
-    Raises:
-        FunnelError: it has none.
+    Attributes:
+        name: for messages.
+        config_file: name of the config file.
+        weight_files: names of weight files; the first that exists is read.
+        parse_config: converts the config file's values; the path is for messages.
+        convert: renames, completes and checks the weights.
     """
-    names = list(names)
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise FunnelError(f"{folder}: a file is missing; it takes one of {', '.join(names)}")
+
+    name: str
+    config_file: str
+    weight_files: tuple[str, ...]
+    parse_config: Callable[[Mapping[str, Any], Path], FunnelConfig]
+    convert: Callable[[RawCheckpoint], ConvertedWeights]
 
 
-def rename(name: str, table: Table, block_sizes: tuple[int, ...] = ()) -> str | None:
-    """Translates one name.
+def require_tokenizer(tokenizer: FunnelTokenizer | None, folder: Path) -> FunnelTokenizer:
+    """The tokenizer; FunnelError if there is none."""
+    if tokenizer is None:
+        raise FunnelError(f"{folder}: no tokenizer found; copy the model's tokenizer.json or vocab.txt into the folder")
+    return tokenizer
+
+
+def rename(name: str, table: Mapping[str, str], blocks: tuple[BlockSpec, ...] = ()) -> str | None:
+    """Translates one weight name.
 
     Args:
-        block_sizes: where the layers that a format counts from first to last belong.
+        blocks: the layout, for formats that number layers consecutively.
 
     Returns:
-        None where no row of the table fits.
+        None if no row of the table matches.
     """
-    for theirs, ours in table.items():
-        if match := re.fullmatch(re.escape(theirs).replace(r"\{\}", "([0-9]{1,4})"), name):
-            renamed = ours.format(*match.groups())
-            return re.sub(r"^layer\.([0-9]+)", lambda m: place(int(m[1]), block_sizes), renamed)
+    for pattern, target in table.items():
+        if match := re.fullmatch(re.escape(pattern).replace(r"\{\}", "([0-9]{1,4})"), name):
+            renamed = target.format(*match.groups())
+            return re.sub(r"^layer\.([0-9]+)", lambda number: layer_name(int(number[1]), blocks), renamed)
     return None
 
 
-def place(layer: int, block_sizes: tuple[int, ...]) -> str:
-    """The name of a layer that is counted from the first: "encoder.blocks.B.L"."""
-    for b, size in enumerate(block_sizes):
-        if layer < size:
-            return f"encoder.blocks.{b}.{layer}"
-        layer -= size
-    return f"encoder.blocks.{len(block_sizes)}.{layer}"  # one too many: the check against the model names it
+def layer_name(index: int, blocks: tuple[BlockSpec, ...]) -> str:
+    """The prefix "encoder.blocks.B.L" of a layer that is numbered consecutively across blocks."""
+    for number, block in enumerate(blocks):
+        if index < block.layers:
+            return f"encoder.blocks.{number}.{index}"
+        index -= block.layers
+    return f"encoder.blocks.{len(blocks)}.{index}"  # does not exist; check_exact_match reports it
 
 
-def model_state(architecture: str, config: FunnelConfig) -> dict[str, Tensor]:
-    """The state dict of a model without its memory: names and shapes."""
+def meta_state_dict(architecture: str, config: FunnelConfig) -> dict[str, Tensor]:
+    """A model's state dict on the meta device: names and shapes, no memory."""
     with torch.device("meta"):
         return MODELS[architecture](config).state_dict()
 
 
 def check_exact_match(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path) -> None:
-    """Checks converted weights against the state dict of the model that they are for.
+    """Checks that weights have exactly the names and shapes of a state dict.
 
     Raises:
-        FunnelError: a name is missing or left over, or a shape does not fit.
+        FunnelError: a weight is missing or unexpected, or has a different shape.
     """
-    missing = [n for n in expected if n not in weights]
-    left_over = [n for n in weights if n not in expected]
-    if missing or left_over:
-        raise FunnelError(f"{source}: weights and config do not fit: {checkpoint.names_text(missing, left_over)}")
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected]
+    check_names(missing, unexpected, source)
     for name, tensor in expected.items():
-        checkpoint.check_shape(name, weights[name], tensor, source)
+        check_shape(name, weights[name], tensor, source)

@@ -1,25 +1,39 @@
-"""Other people's checkpoints: one file a format, each with its table of names.
+"""Reading a checkpoint of any format: resolve the folder, detect the format, read the config, then read the weights.
 
-A format's module has `is_format(folder)`, `read_config(folder)` and `read(folder) -> Source`; huggingface.py also has
-`write`. `read_config` and `read_weights_from` find out which format a folder is in, and `resolve` brings a folder from the hub.
+    folder = resolve("funnel-transformer/small")    # a folder or hub id -> Path
+    opened = open_source(folder)                    # format and config, no weights yet
+    source = opened.load()                          # config, weights, tokenizer
+
+`read_source` combines the last two steps. Callers that change the layout make the plan, and check that the model fits in
+memory, between them.
 """
 
 import fnmatch
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-from funnel.io import existing_folder
+from torch import Tensor
+
+from funnel.data.tokenizer import FunnelTokenizer
+from funnel.errors import FunnelError, error_reason
+from funnel.io import existing_folder, read_json, verify_checksums
 from funnel.model import checkpoint
 from funnel.model.config import FunnelConfig
-from funnel.weights import from_bert
-from funnel.weights import huggingface
-from funnel.weights import from_original
-from funnel.weights.key_map import Source, model_state, check_exact_match
-from funnel.errors import FunnelError
 from funnel.model.heads import MODELS
+from funnel.weights import from_bert, from_original, huggingface
+from funnel.weights.key_map import (
+    ConvertedWeights,
+    Format,
+    RawCheckpoint,
+    check_exact_match,
+    meta_state_dict,
+    require_tokenizer,
+)
 
-FORMATS = (huggingface, from_original, from_bert)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.uncased.txt", "vocab.cased.txt")
 HUB_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 HUB_WEIGHTS = (
     ("model*.safetensors", "model.safetensors.index.json"),
@@ -27,80 +41,173 @@ HUB_WEIGHTS = (
 )
 
 
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint converted from any format; its weights are the complete state dict of `architecture`.
+
+    Attributes:
+        format: name of the format, for messages.
+        folder: where it was read from.
+        config, weights, architecture: as in our own checkpoints.
+        tokenizer: None if the folder has none.
+        unused: unused weights of the files; values are the reasons.
+        initialized: weights that the files do not have; values say how they were initialized.
+    """
+
+    format: str
+    folder: Path
+    config: FunnelConfig
+    weights: dict[str, Tensor]
+    architecture: str
+    tokenizer: FunnelTokenizer | None = None
+    unused: Mapping[str, str] = field(default_factory=dict)
+    initialized: Mapping[str, str] = field(default_factory=dict)
+
+    def require_tokenizer(self) -> FunnelTokenizer:
+        """The tokenizer; FunnelError if there is none."""
+        return require_tokenizer(self.tokenizer, self.folder)
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A checkpoint whose config has been read, but not its weights."""
+
+    folder: Path
+    format: Format
+    config_values: Mapping[str, Any]
+    config: FunnelConfig
+
+    def load(self) -> Source:
+        """Reads weights and tokenizer, and converts the weights.
+
+        Raises:
+            FunnelError: a file is missing or damaged, or weights, config and tokenizer do not match.
+        """
+        tokenizer = _load_tokenizer(self.folder, self.config.vocab_size)
+        weight_file = next((name for name in self.format.weight_files if (self.folder / name).is_file()), None)
+        if weight_file is None:
+            raise FunnelError(f"{self.folder}: no weights found; expected {' or '.join(self.format.weight_files)}")
+        if self.format is NATIVE:
+            verify_checksums(self.folder, [weight_file])
+        tensors = checkpoint.read_weight_file(self.folder / weight_file)
+        converted = self.format.convert(RawCheckpoint(self.folder, self.config_values, self.config, tensors, tokenizer))
+        return Source(self.format.name, self.folder, *converted[:3], tokenizer, converted.unused, converted.initialized)
+
+
 def resolve(source: str) -> Path:
-    """The folder that a name stands for: itself, if it is one, else the hub's repository, downloaded and cached.
+    """Returns the folder of a checkpoint; downloads a hub repository, or finds it in the hub's cache.
 
     Args:
-        source: a folder (of a run: its best checkpoint's), or a hub id such as "funnel-transformer/small".
+        source: a checkpoint folder, a run folder (for its best checkpoint), or a hub id such as
+            "funnel-transformer/small".
 
     Raises:
-        FunnelError: it is neither, or the hub has no such repository or cannot be reached.
+        FunnelError: there is no such folder or repository, or the hub cannot be reached.
     """
     try:
-        if Path(source).exists():
-            return checkpoint.of_run(existing_folder(source))
-    except OSError as error:  # a name too long for the file system
-        raise FunnelError(f"{source[:80]!r}: no folder can have this name ({error.strerror})") from None
+        exists = Path(source).exists()
+    except OSError as error:  # the name is too long for the file system
+        raise FunnelError(f"invalid weights {source[:80]!r}: not a folder name ({error_reason(error)})", "weights") from None
+    if exists:
+        return checkpoint.best_checkpoint(existing_folder(source))
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source, re.ASCII):
-        raise FunnelError(f"{source!r}: no such folder, and no hub id of the form owner/name, as in funnel-transformer/small")
-    import huggingface_hub  # here, because most runs need no hub
+        raise FunnelError(
+            f"invalid weights {source!r}: no such folder, and not a hub id (owner/name) such as funnel-transformer/small",
+            "weights",
+        )
+    return _download(source)
+
+
+def _download(hub_id: str) -> Path:
+    import huggingface_hub  # slow to import, and most runs do not need it
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    huggingface_hub.logging.set_verbosity_error()  # what goes wrong is told below, in one line
-    by_hand = (
-        f"put {', '.join(HUB_FILES)} and model.safetensors into a folder and name that folder instead (train.py: --weights DIR)"
-    )
+    huggingface_hub.logging.set_verbosity_error()  # errors are reported below, on one line
     try:
-        files = [f.rfilename for f in huggingface_hub.HfApi().model_info(source, timeout=20).siblings or []]
-        weights = next((p for p in HUB_WEIGHTS if any(fnmatch.fnmatch(f, p[0]) for f in files)), HUB_WEIGHTS[0])
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=[*HUB_FILES, *weights]))
+        files = [file.rfilename for file in huggingface_hub.HfApi().model_info(hub_id, timeout=20).siblings or []]
+        available = (patterns for patterns in HUB_WEIGHTS if fnmatch.filter(files, patterns[0]))
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=[*HUB_FILES, *next(available, HUB_WEIGHTS[0])]))
     except (RepositoryNotFoundError, HFValidationError):
-        raise FunnelError(f"{source}: no such folder here, and no such public repository on the hub") from None
-    except Exception as error:  # no network, or it broke off: whatever the hub library's HTTP client raises
+        raise FunnelError(f"invalid weights {hub_id!r}: no such folder, and no such public hub repository", "weights") from None
+    except Exception as error:  # no network, or an interrupted download; the hub's client raises many exceptions
         try:
-            return Path(huggingface_hub.snapshot_download(source, local_files_only=True))
+            return Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True))
         except LocalEntryNotFoundError:
-            reason = " ".join(str(error).split())[:80] or type(error).__name__
-            raise FunnelError(f"{source}: config.json and weights cannot be downloaded ({reason}); {by_hand}") from None
-
-
-def read_weights_from(folder: str | Path) -> Source:
-    """Reads a folder in any format that we know, ours included.
-
-    Raises:
-        FunnelError: no format's files are there, or they are damaged or do not fit main_process_first.
-    """
-    folder = existing_folder(folder)
-    if checkpoint.is_checkpoint(folder):
-        saved = checkpoint.load(folder)
-        if saved.architecture not in MODELS:
             raise FunnelError(
-                f"{folder / checkpoint.CONFIG}: architectures names {saved.architecture!r}, none of {', '.join(MODELS)}"
-            )
-        check_exact_match(saved.weights, model_state(saved.architecture, saved.config), folder)
-        return Source("funnel", folder, saved.config, saved.weights, saved.architecture)
-    source: Source = _format_of(folder).read(folder)
-    return source
+                f"cannot download weights {hub_id!r} ({error_reason(error)[:80]}); put {', '.join(HUB_FILES)} and "
+                "model.safetensors into a folder and pass the folder instead",
+                "weights",
+            ) from None
 
 
-def read_config(folder: str | Path) -> FunnelConfig:
-    """The config of a folder in any format, without its weights.
+def read_source(folder: str | Path) -> Source:
+    """Reads a checkpoint folder of any format.
 
     Raises:
-        FunnelError: no format's files are there, or the config is damaged.
+        FunnelError: the format is unknown, a file is missing or damaged, or weights, config and tokenizer do not match.
+    """
+    return open_source(folder).load()
+
+
+def read_source_config(folder: str | Path) -> FunnelConfig:
+    """Reads the config of a checkpoint folder of any format, without the weights."""
+    return open_source(folder).config
+
+
+def open_source(folder: str | Path) -> OpenedSource:
+    """Detects a checkpoint folder's format and reads its config.
+
+    Raises:
+        FunnelError: the format is unknown, or the config is missing or invalid.
     """
     folder = existing_folder(folder)
-    if checkpoint.is_checkpoint(folder):
-        return checkpoint.load_config(folder)
-    config: FunnelConfig = _format_of(folder).read_config(folder)
-    return config
+    source_format, values = detect_format(folder)
+    return OpenedSource(folder, source_format, values, source_format.parse_config(values, folder / source_format.config_file))
 
 
-def _format_of(folder: Path) -> ModuleType:
-    for format_module in FORMATS:
-        if format_module.is_format(folder):
-            return format_module
+def detect_format(folder: Path) -> tuple[Format, dict[str, Any]]:
+    """Returns a folder's format and the values in its config file.
+
+    Raises:
+        FunnelError: the format is unknown.
+    """
+    path = folder / checkpoint.CONFIG
+    if path.is_file():
+        values = read_json(path)
+        if "format" in values:
+            return NATIVE, values
+        if values.get("model_type") == "funnel":
+            return huggingface.FORMAT, values
+        if values.get("model_type") == "bert":
+            return from_bert.FORMAT, values
+    if (folder / from_original.CONFIG).is_file() or (folder / from_original.WEIGHTS).is_file():
+        return from_original.FORMAT, read_json(folder / from_original.CONFIG)
     raise FunnelError(
-        f"{folder}: no checkpoint that we know; it takes config.json with model_type funnel or bert beside "
-        "model.safetensors or pytorch_model.bin (transformers), or net_config.pytorch.json beside model.pt (original)"
+        f"{folder}: unknown checkpoint format; expected config.json (with model_type funnel or bert) and model.safetensors or "
+        f"pytorch_model.bin, or the original {from_original.CONFIG} and {from_original.WEIGHTS}"
     )
+
+
+def _load_tokenizer(folder: Path, vocab_size: int) -> FunnelTokenizer | None:
+    """The folder's tokenizer, checked against the model's vocabulary size; None if there is none."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    tokenizer = FunnelTokenizer.load(folder)
+    tokenizer.check_vocab_size(vocab_size, folder)
+    return tokenizer
+
+
+# --- our own format ---------------------------------------------------------------------------------------------------
+
+
+def _convert_native(raw: RawCheckpoint) -> ConvertedWeights:
+    architecture = checkpoint.read_architecture(raw.config_values)
+    if architecture not in MODELS:
+        raise FunnelError(
+            f"{raw.folder / checkpoint.CONFIG}: unknown architecture {architecture!r}; expected one of {', '.join(MODELS)}"
+        )
+    check_exact_match(raw.tensors, meta_state_dict(architecture, raw.config), raw.folder)
+    return ConvertedWeights(raw.config, raw.tensors, architecture)
+
+
+NATIVE = Format("funnel", checkpoint.CONFIG, (checkpoint.WEIGHTS,), checkpoint.parse_config, _convert_native)

@@ -1,11 +1,11 @@
-"""Another layout from the same weights: a plan that says where each new layer comes from, and its execution.
+"""Changing the layout of pretrained weights: plans where each new layer comes from, and applies the plan.
 
-Adding layers by copying others makes a deep network collapse; a new layer that starts as the identity does not (after
-Net2Net, arXiv 1511.05641, which deepens a network without changing its function). Such a layer's two output projections
-(`post_proj`, the feed-forward's second linear) start at zero, which leaves its LayerNorms. A LayerNorm whose weight is one
-number s and whose bias is one number m hands on a state unchanged if the state's mean over its features is m and its
-deviation s. So both norms get such numbers: those that [cls] has on real texts (`calibrate_layer_norms`). The first norm of a row of
-new layers evens out how texts differ in mean and deviation; after it, every further one changes nothing at all.
+Copies of existing layers make a deep network collapse; new layers that start as the identity do not (compare Net2Net, arXiv
+1511.05641). An identity layer's two output projections (`post_proj` and the feed-forward's second linear) are zero, so
+that only its LayerNorms act. A LayerNorm with the constant weight s and the constant bias m is the identity for a state
+whose features have mean m and standard deviation s. Therefore both norms get the mean and deviation that [CLS] has on real
+texts (`calibrate_layer_norms`). The first norm in a sequence of new layers removes the differences between texts in mean
+and deviation; the following ones change nothing.
 """
 
 from collections.abc import Mapping
@@ -15,22 +15,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from funnel.errors import FunnelError
 from funnel.io import read_json, write_json
-from funnel.model.config import INITS, KEEPS, FunnelConfig
-from funnel.errors import FunnelError, error_reason
-from funnel.model.heads import Funnel
+from funnel.model.config import FunnelConfig
+from funnel.model.heads import FunnelPreTrainedModel
 
+INITS = ("identity", "copy", "random")  # initialization of new layers
+KEEPS = ("spread", "first", "last")  # which layers are kept when a block shrinks
 STARTS = ("keep", *INITS)
 NORMS = ("attention.layer_norm", "ffn.layer_norm")
+OUTPUT_PROJECTIONS = ("attention.post_proj", "ffn.linear_2")
+WIDTHS = ("d_model", "n_head", "d_head", "d_inner")  # config fields that must be the same in both layouts
 
 
 class LayerPlan(NamedTuple):
-    """Where one layer of the new layout comes from.
+    """The origin of one layer of the new layout.
 
     Attributes:
-        block, layer: its place.
-        start: "keep" (an old layer at its own place in the order of runs), "copy", "identity" or "random".
-        source: (block, layer) of the old layer whose weights it takes; None for "random".
+        block, layer: position in the new layout.
+        start: "keep" (an old layer that keeps its function), "copy", "identity" or "random".
+        source: (block, layer) of the old layer whose weights are used; None for "random".
     """
 
     block: int
@@ -39,211 +43,231 @@ class LayerPlan(NamedTuple):
     source: tuple[int, int] | None
 
     def __str__(self) -> str:
-        origin = "" if self.source is None else f" of {self.source[0]}.{self.source[1]}"
-        return f"{self.block}.{self.layer} {self.start}{origin}"
+        source = "" if self.source is None else f" from {self.source[0]}.{self.source[1]}"
+        return f"{self.block}.{self.layer}: {self.start}{source}"
+
+
+# --- making a plan ----------------------------------------------------------------------------------------------------
 
 
 def make_plan(old: FunnelConfig, new: FunnelConfig, init: str = "identity", keep: str = "spread") -> list[LayerPlan]:
-    """Says for every layer of a new layout which old layer feeds it and how.
+    """Plans the origin of every layer of a new layout.
 
-    Layers count as they run: 3x2 feeds 6 as 0,0,1,1,2,2, and 6 feeds 3x2 as 0,2,4.
+    Layers are matched in order of execution: an old block 3x2 provides 6 layers, 0,0,1,1,2,2, and an old block of 6 layers
+    provides layers 0,2,4 for a new block 3x2.
 
-    A layout that only adds, or only removes: old blocks keep their layers. In a smaller block those stay that `keep` says,
-    missing blocks are dropped. A layer that the old block does not have starts as `init` says, with the weights of the
-    block's last layer, and layer j of a new block with those of layer j of the last old block.
+    If the new layout only grows, or only shrinks, blocks keep their own layers. A smaller block keeps those that `keep`
+    selects; surplus blocks are dropped. An additional layer of an existing block uses the weights of the block's last
+    layer; layer j of an additional block uses those of layer j of the last old block.
 
-    A layout that adds here and removes there (2,2,2 to 3,3): no old layer is dropped beside a new one. All keep their order,
-    but not their blocks, and fill the places from the first one on (if there are too many, those that `keep` says); the
-    other places start as `init` says, with the weights of the last old layer.
-
-    Copies are placed as the study did that began with them: old blocks keep their layers, whatever the new layout.
+    If some blocks grow and others shrink (2,2,2 to 3,3), no old layer is dropped while there is room for it: the old layers
+    fill the new layout from the start, in their order; if there are too many, `keep` selects. The remaining layers use the
+    weights of the last old layer. With init "copy", blocks keep their own layers in this case too.
 
     Args:
-        init: what new layers start as, one of `INITS`.
-        keep: which layers stay where there are too many, one of `KEEPS`: "spread" evenly from the first one on, the
-            "first", or the "last".
+        init: how additional layers are initialized, one of `INITS`.
+        keep: which layers are kept if there are too many: evenly spaced ones ("spread"), the "first", or the "last".
 
     Raises:
-        FunnelError: `init` or `keep` is none of them.
+        FunnelError: `init` or `keep` is unknown, or the configs differ in width.
     """
-    for flag, value, allowed in (("--init", init, INITS), ("--keep", keep, KEEPS)):
-        if value not in allowed:
-            raise FunnelError(f"{flag} {value!r}: it takes one of {', '.join(allowed)}")
-    runs = [
-        [(block, run // repeats) for run in range(size * repeats)]
-        for block, (size, repeats) in enumerate(zip(old.block_sizes, old.repeats, strict=True))
-    ]  # of each old block: the layer of every run
-    wanted = [size * repeats for size, repeats in zip(new.block_sizes, new.repeats, strict=True)]
-    both = list(zip(wanted, runs, strict=False))
-    adds = len(wanted) > len(runs) or any(n > len(block) for n, block in both)
-    removes = len(wanted) < len(runs) or any(n < len(block) for n, block in both)
-    if adds and removes and init != "copy":
-        ordered = _kept([layer for block in runs for layer in block], sum(wanted), keep)
-        ends = [sum(wanted[: block + 1]) for block in range(len(wanted))]
-        runs = [ordered[end - n : end] for end, n in zip(ends, wanted, strict=True)]
+    for name, value, choices in (("init", init, INITS), ("keep", keep, KEEPS)):
+        if value not in choices:
+            raise FunnelError(f"unknown {name} {value!r}; choose from {', '.join(choices)}", name)
+    check_same_widths(old, new)
+    old_runs = [
+        [(block, layer) for layer in range(spec.layers) for _ in range(spec.repeats)] for block, spec in enumerate(old.blocks)
+    ]
+    if init != "copy" and _grows_and_shrinks(old, new):
+        old_runs = _redistribute(old_runs, new, keep)
+    last_block = [runs for runs in old_runs if runs][-1]
     plan = []
-    last = [block for block in runs if block][-1]
-    for block, (size, repeats) in enumerate(zip(new.block_sizes, new.repeats, strict=True)):
-        mine = _kept(runs[block], wanted[block], keep) if block < len(runs) else []
-        for layer in range(size):
-            run = layer * repeats
-            is_kept = run < len(mine)
-            source = mine[run] if is_kept else (mine or last)[min(run, len(mine or last) - 1)]
-            start = "keep" if is_kept else init
+    for block, spec in enumerate(new.blocks):
+        kept = _select(old_runs[block], spec.runs, keep) if block < len(old_runs) else []
+        sources = kept or last_block
+        for layer in range(spec.layers):
+            first_run = layer * spec.repeats
+            start = "keep" if first_run < len(kept) else init
+            source = sources[min(first_run, len(sources) - 1)]
             plan.append(LayerPlan(block, layer, start, None if start == "random" else source))
     return plan
 
 
-def _kept(layers: list[tuple[int, int]], places: int, keep: str) -> list[tuple[int, int]]:
-    """The layers that stay where there are fewer places than layers."""
-    count = len(layers)
-    if count <= places:
+def check_same_widths(old: FunnelConfig, new: FunnelConfig) -> None:
+    """Raises FunnelError if the configs differ in more than the layout, so that weights cannot be transferred."""
+    for name in WIDTHS:
+        if getattr(old, name) != getattr(new, name):
+            raise FunnelError(
+                f"a new layout cannot change {name}: it is {getattr(old, name)} in the weights and {getattr(new, name)} in "
+                "the new config"
+            )
+
+
+def _grows_and_shrinks(old: FunnelConfig, new: FunnelConfig) -> bool:
+    """Whether some blocks get more layers and others fewer; an added or a dropped block counts too."""
+    old_counts, new_counts = ([spec.runs for spec in config.blocks] for config in (old, new))
+    pairs = list(zip(old_counts, new_counts, strict=False))
+    grows = len(new_counts) > len(old_counts) or any(new_count > old_count for old_count, new_count in pairs)
+    shrinks = len(new_counts) < len(old_counts) or any(new_count < old_count for old_count, new_count in pairs)
+    return grows and shrinks
+
+
+def _redistribute(old_runs: list[list[tuple[int, int]]], new: FunnelConfig, keep: str) -> list[list[tuple[int, int]]]:
+    """Fills the new blocks from the start with all old layers in their order."""
+    remaining = _select([layer for runs in old_runs for layer in runs], sum(spec.runs for spec in new.blocks), keep)
+    filled = []
+    for spec in new.blocks:
+        filled.append(remaining[: spec.runs])
+        remaining = remaining[spec.runs :]
+    return filled
+
+
+def _select(layers: list[tuple[int, int]], count: int, keep: str) -> list[tuple[int, int]]:
+    """At most `count` of the layers."""
+    if len(layers) <= count:
         return layers
     if keep == "spread":
-        return [layers[i * count // places] for i in range(places)]
-    return layers[:places] if keep == "first" else layers[-places:]
+        return [layers[i * len(layers) // count] for i in range(count)]
+    return layers[:count] if keep == "first" else layers[-count:]
+
+
+# --- plan files -------------------------------------------------------------------------------------------------------
 
 
 def write_plan(path: Path, plan: list[LayerPlan]) -> None:
-    """Writes a plan as JSON, for people to read and edit: a row a layer, places as "block.layer".
-
-    Raises:
-        FunnelError: the file cannot be written.
-    """
-    rows = [
-        {"layer": f"{row.block}.{row.layer}", "start": row.start}
-        | ({"source": f"{row.source[0]}.{row.source[1]}"} if row.source is not None else {})
-        for row in plan
-    ]
-    try:
-        write_json(path, {"layers": rows})
-    except OSError as error:
-        raise FunnelError(f"{path}: cannot be written ({error_reason(error)})") from None
+    """Writes a plan as JSON for people to read and edit: one row per layer, positions as "block.layer"."""
+    rows = []
+    for row in plan:
+        source = {} if row.source is None else {"source": f"{row.source[0]}.{row.source[1]}"}
+        rows.append({"layer": f"{row.block}.{row.layer}", "start": row.start, **source})
+    write_json(path, {"layers": rows})
 
 
 def read_plan(path: Path, old: FunnelConfig, new: FunnelConfig) -> list[LayerPlan]:
-    """Reads a plan that `write_plan` wrote or a person edited.
+    """Reads a plan written by `write_plan`, possibly edited.
 
     Raises:
-        FunnelError: it is no plan, does not have every layer of the new layout once, or names a layer that the old one
-            does not have.
+        FunnelError: the file is not a plan, does not contain every layer of the new layout exactly once, or names a layer
+            that the old layout does not have; or the configs differ in width.
     """
+    check_same_widths(old, new)
     rows = read_json(path).get("layers")
     if not isinstance(rows, list):
-        raise FunnelError(f'{path}: no layout plan; it takes {{"layers": [{{"layer": "0.0", "start": …, "source": …}}, …]}}')
-    plan = {}
-    for number, row in enumerate(rows, 1):
-        found = _read_row(f"{path}, row {number}", row, old, new)
-        if (found.block, found.layer) in plan:
-            raise FunnelError(f"{path}, row {number}: layer {found.block}.{found.layer} has a row already")
-        plan[found.block, found.layer] = found
-    places = [(block, layer) for block, size in enumerate(new.block_sizes) for layer in range(size)]
-    if missing := [f"{block}.{layer}" for block, layer in places if (block, layer) not in plan]:
-        raise FunnelError(f"{path}: no row for layer {missing[0]} of the layout {new.layout}")
-    return [plan[place] for place in places]
+        raise FunnelError(f'{path}: not a layout plan; expected {{"layers": [{{"layer": "0.0", "start": …, "source": …}}, …]}}')
+    plan: dict[tuple[int, int], LayerPlan] = {}
+    for number, values in enumerate(rows, 1):
+        row = _parse_row(f"{path}, row {number}", values, old, new)
+        if (row.block, row.layer) in plan:
+            raise FunnelError(f"{path}, row {number}: layer {row.block}.{row.layer} already has a row")
+        plan[row.block, row.layer] = row
+    positions = [(block, layer) for block, spec in enumerate(new.blocks) for layer in range(spec.layers)]
+    for block, layer in positions:
+        if (block, layer) not in plan:
+            raise FunnelError(f"{path}: no row for layer {block}.{layer} of the layout {new.layout}")
+    return [plan[position] for position in positions]
 
 
-def _read_row(where: str, row: Any, old: FunnelConfig, new: FunnelConfig) -> LayerPlan:
+def _parse_row(where: str, row: Any, old: FunnelConfig, new: FunnelConfig) -> LayerPlan:
     if not isinstance(row, dict) or not row.keys() <= {"layer", "start", "source"}:
-        raise FunnelError(f"{where}: it takes layer, start and source, not {str(row)[:60]}")
-    block, layer = _read_place(where, "layer", row.get("layer"), new)
+        raise FunnelError(f"{where}: expected an object with layer, start and source, found {str(row)[:60]}")
+    block, layer = _parse_position(f"{where}: layer", row.get("layer"), new)
     start = row.get("start")
     if start not in STARTS:
-        raise FunnelError(f"{where}: start {start!r} is none of {', '.join(STARTS)}")
-    if (start == "random") != ("source" not in row):
-        raise FunnelError(f"{where}: a layer that starts as {start!r} takes {'no' if start == 'random' else 'a'} source")
-    return LayerPlan(block, layer, start, None if start == "random" else _read_place(where, "source", row["source"], old))
+        raise FunnelError(f"{where}: unknown start {start!r}; choose from {', '.join(STARTS)}")
+    if start == "random":
+        if "source" in row:
+            raise FunnelError(f"{where}: a layer with start 'random' has no source; remove it")
+        return LayerPlan(block, layer, start, None)
+    if "source" not in row:
+        raise FunnelError(f"{where}: a layer with start {start!r} needs a source")
+    return LayerPlan(block, layer, start, _parse_position(f"{where}: source", row["source"], old))
 
 
-def _read_place(where: str, field: str, value: Any, config: FunnelConfig) -> tuple[int, int]:
+def _parse_position(where: str, value: Any, config: FunnelConfig) -> tuple[int, int]:
     parts = value.split(".") if isinstance(value, str) else []
-    if len(parts) != 2 or not all(p.isdecimal() and p.isascii() and len(p) < 4 for p in parts):
-        raise FunnelError(f'{where}: {field} {value!r} is no place; it takes "block.layer", as in "2.0"')
+    if len(parts) != 2 or not all(part.isdecimal() and part.isascii() and len(part) < 4 for part in parts):
+        raise FunnelError(f'{where} {value!r} is invalid: expected "block.layer", such as "2.0"')
     block, layer = map(int, parts)
-    if block >= len(config.block_sizes) or layer >= config.block_sizes[block]:
-        shared = " (layers that repeat share their weights, and a row)" if max(config.repeats) > 1 else ""
-        raise FunnelError(f"{where}: {field} {value} is not in the layout {config.layout}{shared}")
+    if block >= len(config.blocks) or layer >= config.blocks[block].layers:
+        hint = " (repeats of a layer share one row)" if any(spec.repeats > 1 for spec in config.blocks) else ""
+        raise FunnelError(f"{where} {value} is not in the layout {config.layout}{hint}")
     return block, layer
 
 
+# --- applying a plan --------------------------------------------------------------------------------------------------
+
+
 def apply_plan(weights: Mapping[str, Tensor], plan: list[LayerPlan], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turns the weights of one layout into those of another.
+    """Builds the weights of the new layout.
 
     Args:
-        weights: of the old layout, by our names; what is not an encoder block is passed on as it is.
-        plan: from `make_plan`.
-        fresh: freshly drawn weights of the new layout, for random layers.
-
-    Raises:
-        FunnelError: the source has another width than the new layout.
+        weights: state dict of the old layout; weights outside the encoder's blocks are copied.
+        plan: from `make_plan` or `read_plan`.
+        fresh: state dict of a newly initialized model in the new layout; random layers use its weights.
 
     Returns:
-        Weights of the new layout. Nothing shares memory with `weights` or between layers. LayerNorms of identity layers
-        have the mean and deviation that states would have if all features had the same variance before the LayerNorm
-        that feeds them; `calibrate_layer_norms` puts measured ones there.
+        State dict of the new layout; all tensors are copies. LayerNorms of identity layers have the mean and deviation
+        that states would have if all features had the same variance before the preceding LayerNorm;
+        `calibrate_layer_norms` replaces them by measured ones.
     """
     result = {name: tensor.clone() for name, tensor in weights.items() if not name.startswith("encoder.blocks.")}
-    feeding = "embeddings.layer_norm"  # the LayerNorm whose output the next layer reads
+    preceding_norm = "embeddings.layer_norm"
     for row in plan:
-        target = f"encoder.blocks.{row.block}.{row.layer}."
+        prefix = f"encoder.blocks.{row.block}.{row.layer}."
         if row.source is None:
-            layer = _layer(fresh, target)
+            layer = _copy_layer(fresh, prefix)
         else:
-            layer = _layer(weights, f"encoder.blocks.{row.source[0]}.{row.source[1]}.")
-        for name, tensor in layer.items():
-            if tensor.shape != fresh[target + name].shape:
-                here, there = list(fresh[target + name].shape), list(tensor.shape)
-                raise FunnelError(f"layer {row}: {name} is {there} there and {here} here; the widths must be the same")
+            layer = _copy_layer(weights, f"encoder.blocks.{row.source[0]}.{row.source[1]}.")
         if row.start == "identity":
-            for name in ("attention.post_proj", "ffn.linear_2"):
-                for part in ("weight", "bias"):
-                    layer[f"{name}.{part}"] = torch.zeros_like(layer[f"{name}.{part}"])
-            scale, shift = result[f"{feeding}.weight"], result[f"{feeding}.bias"]
-            mean = shift.mean()
-            deviation = (scale.square() + shift.square()).mean().sub(mean.square()).sqrt()
-            for norm in NORMS:
-                layer[f"{norm}.weight"] = torch.full_like(scale, float(deviation))
-                layer[f"{norm}.bias"] = torch.full_like(shift, float(mean))
-        result |= {target + name: tensor for name, tensor in layer.items()}
-        feeding = target + "ffn.layer_norm"
+            _make_identity(layer, result[f"{preceding_norm}.weight"], result[f"{preceding_norm}.bias"])
+        result |= {prefix + name: tensor for name, tensor in layer.items()}
+        preceding_norm = prefix + "ffn.layer_norm"
     return result
 
 
+def _copy_layer(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Copies of one layer's weights by their names within the layer."""
+    return {name.removeprefix(prefix): tensor.clone() for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _make_identity(layer: dict[str, Tensor], norm_weight: Tensor, norm_bias: Tensor) -> None:
+    """Turns a layer into the identity for the average output of the preceding LayerNorm."""
+    for name in OUTPUT_PROJECTIONS:
+        layer[f"{name}.weight"].zero_()
+        layer[f"{name}.bias"].zero_()
+    mean = norm_bias.mean()
+    deviation = (norm_weight.square() + norm_bias.square()).mean().sub(mean.square()).sqrt()
+    for name in NORMS:
+        layer[f"{name}.weight"] = torch.full_like(norm_weight, float(deviation))
+        layer[f"{name}.bias"] = torch.full_like(norm_bias, float(mean))
+
+
 @torch.no_grad()
-def calibrate_layer_norms(
-    model: Funnel,
-    plan: list[LayerPlan],
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-) -> None:
-    """Gives the LayerNorms of identity layers the mean and deviation over features that [cls] has where they stand.
+def calibrate_layer_norms(model: FunnelPreTrainedModel, plan: list[LayerPlan], *inputs: Tensor | None) -> None:
+    """Sets the LayerNorms of identity layers to the mean and standard deviation of their input's [CLS] features.
 
     Args:
-        model: with the weights that `apply_plan` made; changed in place.
-        plan: the same as there.
-        input_ids, attention_mask, token_type_ids: [b, l], some texts; mean and deviation are averages over them.
+        model: has the weights that `apply_plan` returned for the plan; changed in place.
+        inputs: the model's inputs for a few texts: input_ids and optionally attention_mask and token_type_ids, [b, l] each.
+            Mean and deviation are averaged over the texts.
     """
-
-    def fit(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        state = inputs[0][:, 0]  # [b, d]
-        norm.get_parameter("weight").fill_(float(state.std(1, correction=0).mean()))
-        norm.get_parameter("bias").fill_(float(state.mean()))
-
-    layers = [model.encoder.layers(row.block)[row.layer] for row in plan if row.start == "identity"]
+    layers = [f"encoder.blocks.{row.block}.{row.layer}" for row in plan if row.start == "identity"]
     if not layers:
         return
-    hooks = [layer.get_submodule(norm).register_forward_pre_hook(fit) for layer in layers for norm in NORMS]
+    norms = [model.get_submodule(f"{layer}.{norm}") for layer in layers for norm in NORMS]
+    hooks = [norm.register_forward_pre_hook(_calibrate_norm) for norm in norms]
     was_training = model.training
     model.eval()
     try:
-        model.encode(input_ids, attention_mask, token_type_ids)
+        model.encode(*inputs)  # type: ignore[arg-type]
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
 
 
-def _layer(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Copies of one layer's weights, by their names within the layer."""
-    return {name.removeprefix(prefix): tensor.clone() for name, tensor in weights.items() if name.startswith(prefix)}
+def _calibrate_norm(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+    """Forward pre-hook, so that every norm sees the output of the already calibrated ones."""
+    cls_state = inputs[0][:, 0]  # [b, d]
+    norm.get_parameter("weight").fill_(float(cls_state.std(1, correction=0).mean()))
+    norm.get_parameter("bias").fill_(float(cls_state.mean()))

@@ -1,4 +1,4 @@
-"""Changing a layout: where each layer comes from, and what the grown model computes."""
+"""Changing the layout: where each layer comes from, and what the changed model computes."""
 
 import json
 
@@ -6,98 +6,27 @@ import pytest
 import torch
 from conftest import padded_batch, tiny_config
 
-import convert_weights
-from funnel.model import flops
-from funnel.weights.build import build_classifier
-from funnel.model.checkpoint import load_weights
-from funnel.model.config import parse_blocks
-from funnel.weights.load import read_weights_from
-from funnel.errors import FunnelError
-from funnel.model.heads import FunnelForSequenceClassification
-from funnel.weights.surgery import apply_plan, calibrate_layer_norms, make_plan, read_plan, write_plan
+from funnel.cli.convert import convert
 from funnel.data.tokenizer import FunnelTokenizer
+from funnel.errors import FunnelError
+from funnel.model.checkpoint import load_weights
+from funnel.model.heads import FunnelForSequenceClassification
+from funnel.weights.load import read_source
+from funnel.weights.surgery import apply_plan, calibrate_layer_norms, make_plan, read_plan, write_plan
 
 
-def with_layout(text, **more):
-    sizes, repeats = parse_blocks(text)
-    return tiny_config(block_sizes=sizes, block_repeats=repeats, **more)
+def plan_rows(old: str, new: str, init: str = "identity") -> list[str]:
+    return [str(row) for row in make_plan(tiny_config(blocks=old), tiny_config(blocks=new), init)]
 
 
-def plan(old, new, init="identity"):
-    return [str(row) for row in make_plan(with_layout(old), with_layout(new), init)]
-
-
-def grow(model, text, init="identity"):
-    sizes, repeats = parse_blocks(text)
-    config = model.config.replace(block_sizes=sizes, block_repeats=repeats)
-    grown = FunnelForSequenceClassification(config).to(model.embeddings.word_embeddings.weight.dtype).eval()
-    grown.load_state_dict(apply_plan(model.state_dict(), make_plan(model.config, config, init), grown.state_dict()))
-    return grown
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "init", "expected"),
-    [
-        ("1,2", "1,2", "identity", ["0.0 keep of 0.0", "1.0 keep of 1.0", "1.1 keep of 1.1"]),
-        ("1,2", "1,2,2", "copy", ["0.0 keep of 0.0", "1.0 keep of 1.0", "1.1 keep of 1.1",
-                                  "2.0 copy of 1.0", "2.1 copy of 1.1"]),
-        ("1,1", "2,1", "identity", ["0.0 keep of 0.0", "0.1 identity of 0.0", "1.0 keep of 1.0"]),
-        ("2,2", "1", "identity", ["0.0 keep of 0.0"]),
-        ("1", "1,1", "random", ["0.0 keep of 0.0", "1.0 random"]),
-        ("2x2", "4", "identity", ["0.0 keep of 0.0", "0.1 keep of 0.0", "0.2 keep of 0.1", "0.3 keep of 0.1"]),
-        ("4", "2x2", "identity", ["0.0 keep of 0.0", "0.1 keep of 0.2"]),
-        # nothing but fewer layers: blocks keep theirs, evenly spread
-        ("6", "3", "identity", ["0.0 keep of 0.0", "0.1 keep of 0.2", "0.2 keep of 0.4"]),
-        ("2,2,2", "1,1,1", "identity", ["0.0 keep of 0.0", "1.0 keep of 1.0", "2.0 keep of 2.0"]),
-        ("2,2,2", "2,2", "identity", ["0.0 keep of 0.0", "0.1 keep of 0.1", "1.0 keep of 1.0", "1.1 keep of 1.1"]),
-        ("3,3,2", "2,2", "identity", ["0.0 keep of 0.0", "0.1 keep of 0.1", "1.0 keep of 1.0", "1.1 keep of 1.1"]),
-        # smaller blocks here, more there: all old layers keep their order, new ones come behind them
-        ("3", "1,1,1", "identity", ["0.0 keep of 0.0", "1.0 keep of 0.1", "2.0 keep of 0.2"]),
-        ("1,2", "3", "identity", ["0.0 keep of 0.0", "0.1 keep of 1.0", "0.2 keep of 1.1"]),
-        ("2,2", "1,2,2", "identity", ["0.0 keep of 0.0", "1.0 keep of 0.1", "1.1 keep of 1.0", "2.0 keep of 1.1",
-                                      "2.1 identity of 1.1"]),
-        ("2", "1,1,1,1", "random", ["0.0 keep of 0.0", "1.0 keep of 0.1", "2.0 random", "3.0 random"]),
-        # copies as in the study: blocks keep their own layers
-        ("2,2", "1,2,2", "copy", ["0.0 keep of 0.0", "1.0 keep of 1.0", "1.1 keep of 1.1", "2.0 copy of 1.0",
-                                  "2.1 copy of 1.1"]),
-        ("1,2x2", "1,1,2x2", "copy", ["0.0 keep of 0.0", "1.0 keep of 1.0", "2.0 copy of 1.0", "2.1 copy of 1.1"]),
-    ],
-)  # fmt: skip
-def test_plans(old, new, init, expected):
-    assert plan(old, new, init) == expected
-
-
-@pytest.mark.parametrize(("keep", "kept"), [("first", "0.0 0.1"), ("last", "0.3 0.4"), ("spread", "0.0 0.2")])
-def test_which_layers_stay_is_a_choice(keep, kept):
-    rows = make_plan(with_layout("5,1"), with_layout("2"), keep=keep)
-    assert " ".join(str(row).split()[-1] for row in rows) == kept
-    with pytest.raises(FunnelError, match="--keep 'best': it takes one of spread, first, last"):
-        make_plan(with_layout("3"), with_layout("2"), keep="best")
-
-
-def test_an_unknown_init_is_an_error():
-    with pytest.raises(FunnelError, match="zero"):
-        plan("1", "1,1", "zero")
-
-
-def test_the_same_layout_is_the_same_model():
+def make_model(blocks: str) -> FunnelForSequenceClassification:
     torch.manual_seed(0)
-    model = FunnelForSequenceClassification(with_layout("1,2")).eval()
-    batch = padded_batch([9, 4])
-    assert torch.equal(grow(model, "1,2")(*batch), model(*batch))
+    return FunnelForSequenceClassification(tiny_config(blocks=blocks)).eval()
 
 
-def test_unrolled_repeats_compute_the_same():
-    torch.manual_seed(0)
-    model = FunnelForSequenceClassification(with_layout("1,2x2")).eval()
-    batch = padded_batch([9, 4])
-    torch.testing.assert_close(grow(model, "1,4")(*batch), model(*batch), rtol=0, atol=1e-6)
-
-
-def trained(text):
-    """A model whose LayerNorms have gains and biases, as training leaves them."""
-    torch.manual_seed(0)
-    model = FunnelForSequenceClassification(with_layout(text)).double().eval()
+def make_trained_model(blocks: str) -> FunnelForSequenceClassification:
+    """A float64 model whose LayerNorms have weights and biases as after training."""
+    model = make_model(blocks).double()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "layer_norm" in name:
@@ -105,133 +34,96 @@ def trained(text):
     return model
 
 
-def grow_and_fit(model, text):
-    grown = grow(model, text)
-    calibrate_layer_norms(grown, make_plan(model.config, grown.config), *padded_batch([30, 12]))
-    return grown
+def change_layout(
+    model: FunnelForSequenceClassification, blocks: str, init: str = "identity"
+) -> FunnelForSequenceClassification:
+    config = model.config.replace(blocks=blocks)
+    changed = FunnelForSequenceClassification(config).to(model.embeddings.word_embeddings.weight.dtype).eval()
+    changed.load_state_dict(apply_plan(model.state_dict(), make_plan(model.config, config, init), changed.state_dict()))
+    return changed
 
 
-def cls_of(model, batch):
+def change_layout_and_calibrate(model: FunnelForSequenceClassification, blocks: str) -> FunnelForSequenceClassification:
+    changed = change_layout(model, blocks)
+    calibrate_layer_norms(changed, make_plan(model.config, changed.config), *padded_batch([30, 12]))
+    return changed
+
+
+def cls_state(model: FunnelForSequenceClassification, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return model.encode(*batch)[0][-1][:, 0]
 
 
-@pytest.mark.parametrize("text", ["2,3", "1,2,2", "3,3,2,2,2,2,2"])
-def test_layers_that_start_as_the_identity_keep_cls(text):
-    """Exactly so where LayerNorms have no gain and bias: a LayerNorm of a normalised state changes nothing."""
-    torch.manual_seed(0)
-    model = FunnelForSequenceClassification(with_layout("1,2")).double().eval()
-    batch = padded_batch([40, 17, 5])
-    torch.testing.assert_close(grow(model, text)(*batch), model(*batch), rtol=0, atol=1e-6)
+# --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_identity_layers_behind_trained_layer_norms_change_no_more_than_mean_and_deviation():
-    """Of [cls] in each text; and both stay what they are on average over the texts that the norms were fitted to."""
-    model, batch = trained("1,2"), padded_batch([30, 12])
-    old, new = cls_of(model, batch), cls_of(grow_and_fit(model, "1,2,2"), batch)
-    centred = [state - state.mean(1, keepdim=True) for state in (old, new)]
-    torch.testing.assert_close(torch.cosine_similarity(*centred), torch.ones(2, dtype=torch.float64))
-    torch.testing.assert_close(new.mean(), old.mean())
-    torch.testing.assert_close(new.std(1).mean(), old.std(1).mean())
+@pytest.mark.parametrize(
+    ("old", "new", "init", "expected"),
+    [
+        ("1,2", "1,2", "identity", ["0.0: keep from 0.0", "1.0: keep from 1.0", "1.1: keep from 1.1"]),
+        ("1,2", "1,2,2", "copy", ["0.0: keep from 0.0", "1.0: keep from 1.0", "1.1: keep from 1.1",
+                                  "2.0: copy from 1.0", "2.1: copy from 1.1"]),
+        ("1,1", "2,1", "identity", ["0.0: keep from 0.0", "0.1: identity from 0.0", "1.0: keep from 1.0"]),
+        ("2,2", "1", "identity", ["0.0: keep from 0.0"]),
+        ("1", "1,1", "random", ["0.0: keep from 0.0", "1.0: random"]),
+        ("2x2", "4", "identity", ["0.0: keep from 0.0", "0.1: keep from 0.0", "0.2: keep from 0.1", "0.3: keep from 0.1"]),
+        ("4", "2x2", "identity", ["0.0: keep from 0.0", "0.1: keep from 0.2"]),
+        # the layout only shrinks: blocks keep their own layers, evenly spread
+        ("6", "3", "identity", ["0.0: keep from 0.0", "0.1: keep from 0.2", "0.2: keep from 0.4"]),
+        ("2,2,2", "1,1,1", "identity", ["0.0: keep from 0.0", "1.0: keep from 1.0", "2.0: keep from 2.0"]),
+        ("2,2,2", "2,2", "identity", ["0.0: keep from 0.0", "0.1: keep from 0.1", "1.0: keep from 1.0", "1.1: keep from 1.1"]),
+        ("3,3,2", "2,2", "identity", ["0.0: keep from 0.0", "0.1: keep from 0.1", "1.0: keep from 1.0", "1.1: keep from 1.1"]),
+        # some blocks shrink, others grow: all old layers keep their order, new ones follow
+        ("3", "1,1,1", "identity", ["0.0: keep from 0.0", "1.0: keep from 0.1", "2.0: keep from 0.2"]),
+        ("1,2", "3", "identity", ["0.0: keep from 0.0", "0.1: keep from 1.0", "0.2: keep from 1.1"]),
+        ("2,2", "1,2,2", "identity", ["0.0: keep from 0.0", "1.0: keep from 0.1", "1.1: keep from 1.0", "2.0: keep from 1.1",
+                                      "2.1: identity from 1.1"]),
+        ("2", "1,1,1,1", "random", ["0.0: keep from 0.0", "1.0: keep from 0.1", "2.0: random", "3.0: random"]),
+        # copies: blocks keep their own layers in any case
+        ("2,2", "1,2,2", "copy", ["0.0: keep from 0.0", "1.0: keep from 1.0", "1.1: keep from 1.1", "2.0: copy from 1.0",
+                                  "2.1: copy from 1.1"]),
+        ("1,2x2", "1,1,2x2", "copy", ["0.0: keep from 0.0", "1.0: keep from 1.0", "2.0: copy from 1.0", "2.1: copy from 1.1"]),
+    ],
+)  # fmt: skip
+def test_plan_says_where_each_layer_comes_from(old, new, init, expected):
+    assert plan_rows(old, new, init) == expected
 
 
-@pytest.mark.parametrize(("text", "far"), [("2,2,2,2,2,2,2", 0.03), ("4,4,4", 0.1), ("4,4,4,4,4,4,4", 0.1)])
-def test_a_grown_minilm_computes_nearly_what_it_did(text, far, minilm):
-    """[cls] differs by 2 % where layers are added behind, by 6 % where some come between (it is 1 to 2.5 with copies)."""
-    source = read_weights_from(minilm)
-    model = FunnelForSequenceClassification(source.config)
-    load_weights(model, source.weights, "MiniLM")
-    texts = ["a gorgeous , witty , seductive movie .", "it 's a charming and often affecting journey .", "dull ."]
-    texts += ["a sentence of words that the model has not seen often , let alone in this order", "no"]
-    encoded = [e.input_ids for e in FunnelTokenizer.load(minilm).encode(texts)]
-    width = max(map(len, encoded))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in encoded])
-    batch = ids, (ids != 0).long()
-    grown = grow(model.eval(), text)
-    calibrate_layer_norms(grown, make_plan(source.config, grown.config), *batch)
-    with torch.no_grad():
-        old, new = cls_of(model, batch), cls_of(grown, batch)
-    assert ((new - old).norm(dim=1) / old.norm(dim=1)).mean() < far
+@pytest.mark.parametrize(("keep", "kept"), [("first", "0.0 0.1"), ("last", "0.3 0.4"), ("spread", "0.0 0.2")])
+def test_keep_selects_the_layers_that_remain(keep, kept):
+    rows = make_plan(tiny_config(blocks="5,1"), tiny_config(blocks="2"), keep=keep)
+    assert " ".join(str(row).split()[-1] for row in rows) == kept
 
 
-def test_any_number_of_identity_layers_changes_cls_as_one_does():
-    model, batch = trained("1,2"), padded_batch([40, 17, 5])
-    one, many = (cls_of(grow_and_fit(model, text), batch) for text in ("1,2,1", "1,2,4,4,4,4,4"))
-    torch.testing.assert_close(many, one, rtol=0, atol=1e-6)
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("keep", "best", "unknown keep 'best'; choose from spread, first, last"),
+        ("init", "zero", "unknown init 'zero'; choose from identity, copy, random"),
+    ],
+)
+def test_unknown_init_or_keep_is_an_error(name, value, words):
+    with pytest.raises(FunnelError, match=words) as error:
+        make_plan(tiny_config(blocks="3"), tiny_config(blocks="2"), **{name: value})
+    assert error.value.parameter == name
 
 
-@pytest.mark.parametrize("text", ["1,4", "2,2", "1,2,2,2"])
-def test_without_their_layer_norms_identity_layers_keep_cls_exactly(text):
-    model, batch = trained("1,2"), padded_batch([40, 17, 5])
-    grown = grow(model, text)
-    for row in make_plan(model.config, grown.config):
-        if row.start == "identity":
-            layer = grown.encoder.layers(row.block)[row.layer]
-            layer.attention.layer_norm = layer.ffn.layer_norm = torch.nn.Identity()
-    torch.testing.assert_close(cls_of(grown, batch), cls_of(model, batch), rtol=0, atol=1e-12)
+@pytest.mark.parametrize("name", ["d_model", "d_inner"])
+def test_different_width_is_an_error(name, tmp_path):
+    old, new = tiny_config(blocks="1"), tiny_config(blocks="1,1", **{name: 64})
+    words = rf"cannot change {name}: it is \d\d in the weights and 64 in the new config"
+    with pytest.raises(FunnelError, match=words):
+        make_plan(old, new)
+    write_plan(tmp_path / "plan.json", make_plan(old, tiny_config(blocks="1,1")))
+    with pytest.raises(FunnelError, match=words):
+        read_plan(tmp_path / "plan.json", old, new)
 
 
-def test_fitting_norms_leaves_other_layers_and_the_mode_alone():
-    model = trained("1,2").train()
-    config = with_layout("1,3")
-    grown = FunnelForSequenceClassification(config).double().train()
-    plan = make_plan(model.config, config)
-    grown.load_state_dict(apply_plan(model.state_dict(), plan, grown.state_dict()))
-    before = {name: weight.clone() for name, weight in grown.state_dict().items()}
-    calibrate_layer_norms(grown, plan, *padded_batch([9]))
-    changed = {name for name, weight in grown.state_dict().items() if not torch.equal(weight, before[name])}
-    assert changed
-    assert all(name.startswith("encoder.blocks.1.2.") and "layer_norm" in name for name in changed)
-    assert grown.training
-    assert not grown.encoder.blocks[1][2]._forward_pre_hooks
-
-
-def test_copied_layers_do_not_keep_cls():
-    torch.manual_seed(0)
-    model = FunnelForSequenceClassification(with_layout("1,2")).eval()
-    batch = padded_batch([40, 17])
-    assert (grow(model, "1,2,2", "copy")(*batch) - model(*batch)).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("text", ["1,1", "3,2,2", "1,2,2,2,1", "2x2,1", "5"])
-def test_a_changed_layout_gives_the_same_logits_in_transformers(text, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="needs the extra test")
-    grown = grow_and_fit(trained("1,2,1"), text).float()
-    grown.save_pretrained(tmp_path / "ours")
-    FunnelTokenizer.train(["a b"]).save(tmp_path / "ours")
-    assert convert_weights.main([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "huggingface"]) == 0
-    peer = transformers.FunnelForSequenceClassification.from_pretrained(tmp_path / "theirs").eval()
-    ids, mask, types = padded_batch([32, 32])  # a length at which transformers pools as we do
-    with torch.no_grad():
-        theirs = peer(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
-        torch.testing.assert_close(grown(ids, mask, types), theirs, rtol=0, atol=1e-5)
-
-
-def test_a_source_of_another_width_is_refused():
-    model, config = FunnelForSequenceClassification(with_layout("1")), with_layout("1,1", d_model=32)
-    fresh = FunnelForSequenceClassification(config).state_dict()
-    with pytest.raises(
-        FunnelError, match=r"layer 0.0 keep of 0.0: attention.r_kernel is \[16, 2, 8\] there and \[32, 2, 8\] here"
-    ):
-        apply_plan(model.state_dict(), make_plan(model.config, config), fresh)
-
-
-def test_grown_layers_share_no_memory():
-    model = FunnelForSequenceClassification(with_layout("1,2"))
-    config = with_layout("1,2,2,2")
-    fresh = FunnelForSequenceClassification(config).state_dict()
-    weights = apply_plan(model.state_dict(), make_plan(model.config, config, "copy"), fresh)
-    pointers = [t.data_ptr() for t in [*weights.values(), *model.state_dict().values()] if t.numel()]
-    assert len(set(pointers)) == len(pointers)
-
-
-def test_a_plan_survives_its_file(tmp_path):
-    old, new = with_layout("2,1"), with_layout("3,1x2,1")
-    rows = make_plan(old, new)
-    write_plan(tmp_path / "plan.json", rows)
-    assert read_plan(tmp_path / "plan.json", old, new) == rows
-    rows = make_plan(old, new, "random")
-    write_plan(tmp_path / "plan.json", rows)
-    assert read_plan(tmp_path / "plan.json", old, new) == rows
+@pytest.mark.parametrize("init", ["identity", "random"])
+def test_plan_file_round_trips(init, tmp_path):
+    old, new = tiny_config(blocks="2,1"), tiny_config(blocks="3,1x2,1")
+    plan = make_plan(old, new, init)
+    write_plan(tmp_path / "plan.json", plan)
+    assert read_plan(tmp_path / "plan.json", old, new) == plan
 
 
 KEEP = {"layer": "0.0", "start": "keep", "source": "0.0"}
@@ -240,40 +132,132 @@ KEEP = {"layer": "0.0", "start": "keep", "source": "0.0"}
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ({}, "no layout plan"),
+        ({}, "not a layout plan"),
         ([KEEP], "no row for layer 1.0 of the layout 1,1x2"),
-        ([KEEP, KEEP], "row 2: layer 0.0 has a row already"),
+        ([KEEP, KEEP], "row 2: layer 0.0 already has a row"),
         ([KEEP, {"layer": "1.0", "start": "copy", "source": "0.1"}], "row 2: source 0.1 is not in the layout 1"),
-        ([KEEP, {"layer": "1.1", "start": "copy", "source": "0.0"}], "row 2: layer 1.1 is not in the layout 1,1x2 .layers"),
-        ([{"layer": "0.0", "start": "zero", "source": "0.0"}], "row 1: start 'zero' is none of keep, identity"),
-        ([{"layer": "0.0", "start": "copy"}], "row 1: a layer that starts as 'copy' takes a source"),
-        ([{"layer": "0.0", "start": "random", "source": "0.0"}], "row 1: a layer that starts as 'random' takes no source"),
-        ([{"layer": 0, "start": "random"}], 'row 1: layer 0 is no place; it takes "block.layer"'),
-        (["keep"], "row 1: it takes layer, start and source"),
+        ([KEEP, {"layer": "1.1", "start": "copy", "source": "0.0"}], "row 2: layer 1.1 is not in the layout 1,1x2 .repeats"),
+        ([{"layer": "0.0", "start": "zero", "source": "0.0"}], "row 1: unknown start 'zero'; choose from keep, identity"),
+        ([{"layer": "0.0", "start": "copy"}], "row 1: a layer with start 'copy' needs a source"),
+        ([{"layer": "0.0", "start": "random", "source": "0.0"}], "row 1: a layer with start 'random' has no source"),
+        ([{"layer": 0, "start": "random"}], 'row 1: layer 0 is invalid: expected "block.layer"'),
+        (["keep"], "row 1: expected an object with layer, start and source"),
     ],
-)  # fmt: skip
-def test_a_plan_with_a_mistake_is_refused_with_its_row(rows, words, tmp_path):
+)
+def test_invalid_plan_file_is_an_error_that_names_the_row(rows, words, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({"layers": rows}))
     with pytest.raises(FunnelError, match=words):
-        read_plan(tmp_path / "plan.json", with_layout("1"), with_layout("1,1x2"))
+        read_plan(tmp_path / "plan.json", tiny_config(blocks="1"), tiny_config(blocks="1,1x2"))
 
 
-def test_what_cannot_be_is_refused_before_weights_are_read(tmp_path, monkeypatch):
-    FunnelForSequenceClassification(with_layout("1,1")).save_pretrained(tmp_path / "old")
-    (tmp_path / "old/model.safetensors").unlink()
-    (tmp_path / "plan.json").write_text(json.dumps({"layers": [{"layer": "0.0", "start": "keep", "source": "9.0"}]}))
-    with pytest.raises(FunnelError, match=r"plan.json, row 1: source 9.0 is not in the layout 1,1"):
-        build_classifier(str(tmp_path / "old"), ["a", "b"], "1", plan_file=tmp_path / "plan.json")
-    monkeypatch.setattr(cost, "available_memory", lambda: 2**20)
-    with pytest.raises(FunnelError, match="GiB are free; take fewer layers"):
-        build_classifier(str(tmp_path / "old"), ["a", "b"], "999")
+@pytest.fixture(scope="module")
+def minilm_source(minilm):
+    return read_source(minilm)
 
 
-def test_a_built_model_is_in_evaluation_mode():
-    assert not build_classifier("none", ["a", "b"], "1,1", texts=["a b"]).model.training
+# --- changed models ---------------------------------------------------------------------------------------------------
 
 
-def test_a_layout_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch):
-    monkeypatch.setattr(cost, "available_memory", lambda: 2**20)
-    with pytest.raises(FunnelError, match=r"blocks 999, width 16: [\d,]+ parameters need .* GiB, and 0.0 GiB are free"):
-        flops.check_memory(with_layout("999"), 16)
+def test_same_layout_gives_the_same_model():
+    model, batch = make_model("1,2"), padded_batch([9, 4])
+    assert torch.equal(change_layout(model, "1,2")(*batch), model(*batch))
+
+
+def test_unrolled_repeats_compute_the_same():
+    model, batch = make_model("1,2x2"), padded_batch([9, 4])
+    torch.testing.assert_close(change_layout(model, "1,4")(*batch), model(*batch), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", ["2,3", "1,2,2", "3,3,2,2,2,2,2"])
+def test_identity_layers_preserve_the_logits_of_an_untrained_model(blocks):
+    """A LayerNorm with weight 1 and bias 0 does not change a normalized state."""
+    model, batch = make_model("1,2").double(), padded_batch([40, 17, 5])
+    torch.testing.assert_close(change_layout(model, blocks)(*batch), model(*batch), rtol=0, atol=1e-6)
+
+
+def test_identity_layers_change_only_mean_and_std_of_cls():
+    """For every text; averaged over the calibration texts, both are preserved."""
+    model, batch = make_trained_model("1,2"), padded_batch([30, 12])
+    old, new = cls_state(model, batch), cls_state(change_layout_and_calibrate(model, "1,2,2"), batch)
+    centered = [state - state.mean(1, keepdim=True) for state in (old, new)]
+    torch.testing.assert_close(torch.cosine_similarity(*centered), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(new.mean(), old.mean())
+    torch.testing.assert_close(new.std(1).mean(), old.std(1).mean())
+
+
+@pytest.mark.parametrize(("blocks", "limit"), [("2,2,2,2,2,2,2", 0.03), ("4,4,4", 0.1), ("4,4,4,4,4,4,4", 0.1)])
+def test_identity_layers_nearly_preserve_cls_of_minilm(blocks, limit, minilm_source):
+    """[CLS] changes by 2 % if layers are added at the end, by 6 % if some are added in between (copies: 100 to 250 %)."""
+    source = minilm_source
+    model = FunnelForSequenceClassification(source.config).eval()
+    load_weights(model, source.weights, "MiniLM")
+    texts = ["a gorgeous , witty , seductive movie .", "it 's a charming and often affecting journey .", "dull ."]
+    texts += ["a sentence of words that the model has not seen often , let alone in this order", "no"]
+    encoded = [encoding.input_ids for encoding in source.tokenizer.encode(texts)]
+    width = max(map(len, encoded))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in encoded])
+    batch = ids, (ids != 0).long()
+    changed = change_layout(model, blocks)
+    calibrate_layer_norms(changed, make_plan(source.config, changed.config), *batch)
+    with torch.no_grad():
+        old, new = cls_state(model, batch), cls_state(changed, batch)
+    assert ((new - old).norm(dim=1) / old.norm(dim=1)).mean() < limit
+
+
+def test_many_identity_layers_change_cls_as_much_as_one():
+    model, batch = make_trained_model("1,2"), padded_batch([40, 17, 5])
+    one, many = (cls_state(change_layout_and_calibrate(model, blocks), batch) for blocks in ("1,2,1", "1,2,4,4,4,4,4"))
+    torch.testing.assert_close(many, one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", ["1,4", "2,2", "1,2,2,2"])
+def test_identity_layers_without_their_norms_preserve_cls_exactly(blocks):
+    model, batch = make_trained_model("1,2"), padded_batch([40, 17, 5])
+    changed = change_layout(model, blocks)
+    for row in make_plan(model.config, changed.config):
+        if row.start == "identity":
+            layer = changed.get_submodule(f"encoder.blocks.{row.block}.{row.layer}")
+            layer.attention.layer_norm = layer.ffn.layer_norm = torch.nn.Identity()
+    torch.testing.assert_close(cls_state(changed, batch), cls_state(model, batch), rtol=0, atol=1e-12)
+
+
+def test_calibration_changes_only_norms_of_identity_layers():
+    model = make_trained_model("1,2").train()
+    config = tiny_config(blocks="1,3")
+    changed = FunnelForSequenceClassification(config).double().train()
+    plan = make_plan(model.config, config)
+    changed.load_state_dict(apply_plan(model.state_dict(), plan, changed.state_dict()))
+    before = {name: weight.clone() for name, weight in changed.state_dict().items()}
+    calibrate_layer_norms(changed, plan, *padded_batch([9]))
+    calibrated = {name for name, weight in changed.state_dict().items() if not torch.equal(weight, before[name])}
+    assert calibrated
+    assert all(name.startswith("encoder.blocks.1.2.") and "layer_norm" in name for name in calibrated)
+    assert changed.training
+    assert not any(module._forward_pre_hooks for module in changed.modules())
+
+
+def test_copied_layers_change_the_logits():
+    model, batch = make_model("1,2"), padded_batch([40, 17])
+    assert (change_layout(model, "1,2,2", "copy")(*batch) - model(*batch)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("blocks", ["1,1", "3,2,2", "1,2,2,2,1", "2x2,1", "5"])
+def test_transformers_computes_the_same_logits_in_a_changed_layout(blocks, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra test")
+    changed = change_layout_and_calibrate(make_trained_model("1,2,1"), blocks).float()
+    changed.save_pretrained(tmp_path / "changed")
+    FunnelTokenizer.train(["a b"]).save(tmp_path / "changed")
+    convert(str(tmp_path / "changed"), tmp_path / "huggingface", "huggingface")
+    peer = transformers.FunnelForSequenceClassification.from_pretrained(tmp_path / "huggingface").eval()
+    ids, mask, types = padded_batch([32, 32])  # a length at which transformers pools in the same way
+    with torch.no_grad():
+        expected = peer(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+        torch.testing.assert_close(changed(ids, mask, types), expected, rtol=0, atol=1e-5)
+
+
+def test_new_layers_share_no_memory():
+    model, config = make_model("1,2"), tiny_config(blocks="1,2,2,2")
+    fresh = FunnelForSequenceClassification(config).state_dict()
+    weights = apply_plan(model.state_dict(), make_plan(model.config, config, "copy"), fresh)
+    pointers = [tensor.data_ptr() for tensor in [*weights.values(), *model.state_dict().values()] if tensor.numel()]
+    assert len(set(pointers)) == len(pointers)

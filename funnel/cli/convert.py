@@ -1,0 +1,105 @@
+"""Converts Funnel and BERT checkpoints of any supported format to this project's format, transformers' or ONNX.
+
+funnel convert funnel-transformer/small weights/small      # from the hub
+funnel convert DIR weights/mine                            # the format is detected
+funnel convert runs/mine out --to huggingface              # for transformers' from_pretrained
+funnel convert runs/mine out --to onnx                     # one file for onnxruntime (extra: onnx)
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from funnel.cli.common import ArgumentParser, run_command
+from funnel.errors import FunnelError, format_list
+
+if TYPE_CHECKING:
+    from funnel.weights.load import Source
+
+TARGETS = ("funnel", "huggingface", "onnx")
+ON_INTERRUPT = "nothing was written"
+
+
+def add_convert(commands: "argparse._SubParsersAction[ArgumentParser]") -> None:
+    """Adds the subcommand to `funnel`."""
+    parser = commands.add_parser("convert", help="convert a checkpoint to another format", description=__doc__)
+    _add_arguments(parser)
+    parser.set_defaults(work=lambda args: convert(args.source, args.out, args.to), on_interrupt=ON_INTERRUPT)
+
+
+def main(program: str, arguments: list[str] | None = None) -> int:
+    """Runs the command as a standalone program and returns the exit status.
+
+    Args:
+        program: name for messages.
+        arguments: default: those of the process.
+    """
+    assert __doc__ is not None
+    parser = ArgumentParser(prog=program, description=__doc__.replace("funnel convert", f"python {program}"))
+    _add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of errors")
+    args = parser.parse_args(arguments)
+    return run_command(program, lambda: convert(args.source, args.out, args.to), on_interrupt=ON_INTERRUPT, debug=args.debug)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint folder in any format, run folder, or hub id")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--to", choices=TARGETS, default="funnel", help="format to write (default: %(default)s)")
+
+
+def convert(source: str, out: Path, to: str = "funnel") -> None:
+    """Converts a checkpoint and prints a summary.
+
+    Args:
+        source: a checkpoint folder, a run folder, or a hub id.
+        out: the folder to write.
+        to: one of `TARGETS`.
+
+    Raises:
+        FunnelError: the source cannot be read, or `out` exists or cannot be written; then nothing is written.
+    """
+    from funnel.io import atomic_folder
+    from funnel.model.checkpoint import Checkpoint, save_checkpoint
+    from funnel.weights.export import write_onnx
+    from funnel.weights.huggingface import write_huggingface
+    from funnel.weights.load import read_source, resolve
+
+    if out.exists():
+        raise FunnelError(f"{out} already exists; choose a new folder or remove it")
+    try:
+        folder = resolve(source)
+    except FunnelError as error:
+        raise FunnelError(str(error)) from None  # without the parameter: SOURCE is not a flag
+    loaded = read_source(folder)
+    tokenizer = loaded.require_tokenizer()
+    _print_source(loaded)
+    checkpoint = Checkpoint(loaded.config, loaded.weights, loaded.architecture)
+    if to == "funnel":
+        save_checkpoint(out, checkpoint, extra=tokenizer.save)
+    else:
+        with atomic_folder(out) as target:
+            if to == "huggingface":
+                write_huggingface(target, checkpoint)
+                tokenizer.save_for_transformers(target)
+            else:
+                write_onnx(target, checkpoint)
+                tokenizer.save(target)
+    num_parameters = sum(tensor.numel() for tensor in loaded.weights.values())
+    files = ", ".join(sorted(path.name for path in out.iterdir()))
+    print(f"wrote     {out}: {len(loaded.weights)} weights, {num_parameters:,} parameters ({files})")
+
+
+def _print_source(source: "Source") -> None:
+    print(f"read      {source.folder}: {source.format} format, {source.architecture}, blocks {source.config.layout}")
+    for title, reasons in (("unused", source.unused), ("new", source.initialized)):
+        for reason, names in _group_by_reason(reasons).items():
+            print(f"{title:<9} {format_list(names, 3)} ({reason})")
+
+
+def _group_by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    return groups

@@ -1,0 +1,1 @@
+"""Pretrained weights: reading and writing checkpoint formats, changing the layout, building classifiers, exporting."""

@@ -1,0 +1,125 @@
+"""transformers' format: reading every kind of file, writing, and the name table."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file, save_file
+from weight_sources import are_equal, change_config, make_transformers_folder, transformers, write_vocabulary
+
+from funnel.cli.convert import convert
+from funnel.errors import FunnelError
+from funnel.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from funnel.model.config import FunnelConfig
+from funnel.model.heads import MODELS
+from funnel.weights.huggingface import TABLE
+from funnel.weights.load import read_source
+
+
+@pytest.mark.parametrize("cls_name", MODELS)
+def test_conversion_to_transformers_and_back_is_bit_exact(cls_name, tmp_path):
+    torch.manual_seed(0)
+    model = MODELS[cls_name](tiny_config(blocks="1,2x2,1", num_decoder_layers=1, id2label={0: "a", 1: "b", 2: "c"}))
+    original = Checkpoint(model.config, model.state_dict(), cls_name)
+    save_checkpoint(tmp_path / "original", original, extra=write_vocabulary)
+    convert(str(tmp_path / "original"), tmp_path / "huggingface", "huggingface")
+    convert(str(tmp_path / "huggingface"), tmp_path / "back")
+    back = load_checkpoint(tmp_path / "back")
+    assert back.architecture == cls_name
+    assert are_equal(back.weights, load_checkpoint(tmp_path / "original").weights)
+    expected = model.config
+    if cls_name == "FunnelBaseModel":  # has no decoder, whatever its config says
+        expected = expected.replace(num_decoder_layers=0)
+    if cls_name == "FunnelForQuestionAnswering":  # transformers derives the two outputs from the number of labels
+        expected = expected.replace(id2label=FunnelConfig().id2label)
+    assert back.config == expected
+
+
+@pytest.mark.parametrize("cls_name", MODELS)
+def test_transformers_gives_the_same_output_from_a_converted_checkpoint(cls_name, tmp_path):
+    torch.manual_seed(0)
+    model = MODELS[cls_name](tiny_config(num_decoder_layers=1, id2label={0: "a", 1: "b", 2: "c"})).eval()
+    checkpoint = Checkpoint(model.config, model.state_dict(), cls_name)
+    save_checkpoint(tmp_path / "original", checkpoint, extra=write_vocabulary)
+    convert(str(tmp_path / "original"), tmp_path / "huggingface", "huggingface")
+    peer, report = getattr(transformers, cls_name).from_pretrained(tmp_path / "huggingface", output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    ids = torch.randint(5, 99, (2, 3, 16) if cls_name == "FunnelForMultipleChoice" else (2, 16))
+    with torch.no_grad():
+        peer_output, output = peer.eval()(ids), model(ids)
+    if cls_name == "FunnelForQuestionAnswering":
+        expected = torch.stack([peer_output.start_logits, peer_output.end_logits], -1)
+    else:
+        expected = peer_output[0]
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    if cls_name == "FunnelForSequenceClassification":
+        assert peer.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+@pytest.mark.parametrize("kind", ["bin", "sharded safetensors", "sharded bin", "prefix", "no architectures"])
+def test_all_file_layouts_give_the_same_source(kind, tmp_path):
+    folder = make_transformers_folder(tmp_path / "source", "FunnelModel")
+    expected = read_source(folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if kind == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    elif kind.startswith("sharded"):
+        names = list(weights)
+        stem, suffix = ("model", "safetensors") if "safetensors" in kind else ("pytorch_model", "bin")
+        shards = {f"{stem}-{i + 1:05}-of-00003.{suffix}": names[i::3] for i in range(3)}
+        for file, shard in shards.items():
+            tensors = {name: weights[name] for name in shard}
+            save_file(tensors, folder / file) if suffix == "safetensors" else torch.save(tensors, folder / file)
+        weight_map = {name: file for file, shard in shards.items() for name in shard}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        if kind == "prefix":
+            weights = {f"funnel.{name}": tensor for name, tensor in weights.items()}
+        change_config(folder, architectures=None)
+        save_file(weights, folder / "model.safetensors")
+    source = read_source(folder)
+    assert source.config == expected.config
+    assert source.architecture == "FunnelModel"
+    assert are_equal(source.weights, expected.weights)
+
+
+def test_table_covers_every_weight_name_of_both_projects(tmp_path):
+    peer_names, own_names = set(), set()
+    for cls_name in MODELS:
+        source = read_source(make_transformers_folder(tmp_path / cls_name, cls_name))
+        tensors = load_file(tmp_path / cls_name / "model.safetensors")
+        peer_names |= {name.removeprefix("funnel.") for name in tensors} - {"lm_head.weight"}
+        own_names |= set(source.weights)
+
+    def without_numbers(names):
+        return {".".join("{}" if part.isdigit() else part for part in name.split(".")) for name in names}
+
+    assert without_numbers(peer_names) == set(TABLE)
+    assert without_numbers(own_names) == set(TABLE.values())
+
+
+def test_untied_lm_head_is_an_error(tmp_path):
+    folder = make_transformers_folder(tmp_path / "source", "FunnelForMaskedLM")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["funnel.embeddings.word_embeddings.weight"] + 1
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(FunnelError, match=r"lm_head\.weight is not tied to the word embeddings"):
+        read_source(folder)
+
+
+@pytest.mark.network
+def test_released_small_model_gives_the_published_output(tmp_path):
+    """The numbers are those of transformers' integration test of funnel-transformer/small."""
+    from funnel.data.tokenizer import FunnelTokenizer
+    from funnel.model.heads import FunnelModel
+
+    convert("funnel-transformer/small", tmp_path / "small")
+    encoding = FunnelTokenizer.load(tmp_path / "small").encode(["Hello! I am the Funnel Transformer model."])[0]
+    model = FunnelModel.from_pretrained(tmp_path / "small")
+    with torch.no_grad():
+        output = model(torch.tensor([encoding.input_ids]), None, torch.tensor([encoding.token_type_ids]))
+    assert abs(output.sum().item() - 235.7246) < 1e-4 * 235
+    assert abs(output.mean().item() - 0.0256) < 1e-4
