@@ -1,16 +1,19 @@
-"""What all commands share: parsers generated from dataclasses, error messages on one line, exit statuses."""
+"""Shared by all commands: parsers generated from dataclasses, one-line error messages, exit statuses."""
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import types
 import typing
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from funnel.errors import FunnelError, StoppedBySignal
@@ -46,21 +49,64 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
             continue
         if field.default is not None:
             help_text += " (default: %(default)s)"
-        names = {"choices": field.metadata["choices"], "metavar": field.metadata["metavar"]}
-        parser.add_argument(flag(field.name), type=kind, default=field.default, help=help_text, **names)
+        metavar = field.metadata["metavar"] or {int: "N", float: "X", Path: "PATH"}.get(kind)
+        values = {"choices": field.metadata["choices"], "metavar": metavar}
+        parser.add_argument(flag(field.name), type=kind, default=field.default, help=help_text, **values)
 
 
-def parse_options(options: type[Options], description: str | None, arguments: Sequence[str] | None = None) -> Options:
-    """Parses command-line arguments into a dataclass.
+def run_script(
+    options: type[Options],
+    work: Callable[[Options, str], object],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Parses a script's command line into a dataclass, calls `work` with it and the command, returns the exit status.
+
+    The help text is the docstring of the module that defines `work`.
 
     Args:
+        options: a dataclass of options with the fields `debug` and whatever `work` needs.
         arguments: default: those of the process.
+    """
+    program = Path(sys.argv[0]).name if arguments is None else work.__module__ + ".py"
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = command_line(program, given, is_process=arguments is None)
+    debug = "--debug" in given
+
+    description = sys.modules[work.__module__].__doc__
+
+    def run() -> None:
+        if os.environ.get("RANK", "0") == "0":
+            work(parse_options(options, given, program, description), command)
+            return
+        try:
+            with contextlib.redirect_stderr(None):  # rank 0 prints the message
+                args = parse_options(options, given, program, description)
+        except FunnelError:
+            raise SystemExit(2) from None
+        work(args, command)
+
+    return run_command(program, run, debug=debug)
+
+
+def command_line(program: str, arguments: Sequence[str], is_process: bool) -> str:
+    """The command line that reruns this process; in torchrun's workers, that of torchrun."""
+    if not is_process:
+        return shlex.join(["python", program, *arguments])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return shlex.join(["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], sys.argv[0], *arguments])
+    return shlex.join(sys.orig_argv)
+
+
+def parse_options(
+    options: type[Options], arguments: Sequence[str], program: str | None = None, description: str | None = None
+) -> Options:
+    """Parses a command line into a dataclass.
 
     Raises:
         FunnelError: from the dataclass's `__post_init__`.
         SystemExit: a flag is unknown or has a value of the wrong type, or after --help.
     """
-    parser = ArgumentParser(description=description)
+    parser = ArgumentParser(prog=program, description=description, allow_abbrev=False)
     add_options(parser, options)
     return options(**vars(parser.parse_args(arguments)))
 
@@ -69,7 +115,7 @@ def run_command(program: str, run: Callable[[], object], *, on_interrupt: str = 
     """Runs a command and returns its exit status.
 
     0: success. 1: another process of a distributed run failed. 2: a FunnelError or OSError, printed on one line.
-    128 + n: stopped by signal n (130 after Ctrl-C, 143 after SIGTERM, 141 when the reader of standard output is gone).
+    128 + n: stopped by signal n (130 after Ctrl-C, 143 after SIGTERM, 141 if the reader of standard output has exited).
 
     Args:
         program: the command's name, printed before messages.
@@ -77,7 +123,7 @@ def run_command(program: str, run: Callable[[], object], *, on_interrupt: str = 
         debug: let errors propagate, with their traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the locale may lack characters of a text
+        sys.stdout.reconfigure(errors="backslashreplace")  # the locale may not support all characters
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(
@@ -106,7 +152,7 @@ def run_command(program: str, run: Callable[[], object], *, on_interrupt: str = 
 
 
 def _with_flag(error: Exception) -> str:
-    """An error's message on one line, the name of its parameter replaced by the flag."""
+    """An error's message on one line, the name of its parameter replaced with the flag."""
     message = " ".join(str(error).split())
     if not isinstance(error, FunnelError) or error.parameter is None:
         return message
@@ -116,7 +162,7 @@ def _with_flag(error: Exception) -> str:
 
 
 def _discard_output() -> None:
-    """Drops what standard output cannot take, so that the interpreter does not fail on it at exit."""
+    """Discards output that cannot be written, so that the interpreter does not fail at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,1 +1,1 @@
-"""What the training loop calls: optimizer, evaluation, distributed training, the folder of a run."""
+"""What the training loop calls: optimizer, evaluation, distributed training, run folders."""

@@ -1,4 +1,6 @@
-"""What a model gets wrong, against scikit-learn and by hand."""
+"""Error analysis compared with scikit-learn and with hand-computed values."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +10,10 @@ from sklearn.metrics import confusion_matrix
 
 from funnel.data.dataset import Dataset
 from funnel.data.tokenizer import FunnelTokenizer
-from funnel.training import error_analysis
+from funnel.training.error_analysis import analyze_errors
 
 TEXTS = ["a good film", "a bad film", "no film", "good", "bad", ""]
+REGRESSION = tiny_config(id2label={0: "score"}, problem_type="regression")
 
 
 @pytest.fixture(scope="module")
@@ -18,51 +21,47 @@ def tokenizer():
     return FunnelTokenizer.train(TEXTS * 5)
 
 
-def dataset(tokenizer, labels, pairs=None):
-    made = Dataset.of(TEXTS, pairs, tokenizer, 32)
-    made.labels[:] = labels
-    return made
+def make_dataset(tokenizer, labels, pairs=None):
+    dataset = Dataset.from_texts(TEXTS, pairs, tokenizer, 32)
+    return replace(dataset, rows=dataset.rows._replace(labels=np.array(labels)))
 
 
-def classifier(names):
+def classifier_config(names):
     return tiny_config(id2label=dict(enumerate(names)))
 
 
-def test_confusion_matrix_and_costliest_mistakes(tokenizer):
+def test_confusion_matrix_and_mistakes_in_order_of_loss(tokenizer):
     labels = [0, 1, 2, 1, 0, 2]
     logits = torch.tensor([[3.0, 0, 0], [9, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [5, 5, 0]])
-    found = error_analysis.analyze_errors(logits, dataset(tokenizer, labels), classifier(["bad", "good", "none"]), tokenizer)
-    assert found["confusion"] == confusion_matrix(labels, logits.argmax(1)).tolist()
-    assert [row["text"] for row in found["mistakes"]] == ["a bad film", "", "good", "bad"]
-    first = found["mistakes"][0]
-    assert (first["label"], first["predicted"]) == ("good", "bad")
-    assert first["probability"] == pytest.approx(logits.softmax(1)[1, [1, 0]].tolist())
-    assert found["texts"] == 6
+    results = analyze_errors(logits, make_dataset(tokenizer, labels), classifier_config(["bad", "good", "none"]), tokenizer)
+    assert results["confusion"] == confusion_matrix(labels, logits.argmax(1)).tolist()
+    assert [mistake["text"] for mistake in results["mistakes"]] == ["a bad film", "", "good", "bad"]
+    worst = results["mistakes"][0]
+    assert (worst["label"], worst["predicted"]) == ("good", "bad")
+    assert worst["probability"] == pytest.approx(logits.softmax(1)[1, [1, 0]].tolist())
+    assert results["examples"] == 6
 
 
-def test_a_regressions_largest_differences_come_first(tokenizer):
-    data = dataset(tokenizer, [0] * 6)
-    data.labels = np.array([1, 2, 3, 4, 5, 0], dtype=np.float32)
+def test_regression_lists_the_largest_differences_first(tokenizer):
+    dataset = make_dataset(tokenizer, np.array([1, 2, 3, 4, 5, 0], dtype=np.float32))
     logits = torch.tensor([[1.0], [5], [3], [2], [5], [0]])
-    found = error_analysis.analyze_errors(
-        logits, data, tiny_config(id2label={0: "score"}, problem_type="regression"), tokenizer
-    )
-    assert [row["text"] for row in found["mistakes"]][:2] == ["a bad film", "good"]
-    assert found["points"][1] == [2.0, 5.0]
-    assert "confusion" not in found
+    results = analyze_errors(logits, dataset, REGRESSION, tokenizer)
+    assert [mistake["text"] for mistake in results["mistakes"]][:2] == ["a bad film", "good"]
+    assert results["points"][1] == [2.0, 5.0]
+    assert "confusion" not in results
 
 
-def test_the_texts_of_a_pair_are_told_apart(tokenizer):
+def test_texts_of_a_pair_are_separated(tokenizer):
     logits = torch.tensor([[1.0, 0]] * 6)
-    data = dataset(tokenizer, [1] * 6, pairs=["no film"] * 6)
-    found = error_analysis.analyze_errors(logits, data, classifier(["no", "yes"]), tokenizer)
-    assert found["mistakes"][0]["text"] == "a good film | no film"
+    dataset = make_dataset(tokenizer, [1] * 6, pairs=["no film"] * 6)
+    results = analyze_errors(logits, dataset, classifier_config(["no", "yes"]), tokenizer)
+    assert results["mistakes"][0]["text"] == "a good film | no film"
 
 
-def test_no_mistake_is_no_mistake_and_nan_is_one(tokenizer):
+def test_correct_predictions_are_not_mistakes_and_nan_is_the_worst_mistake(tokenizer):
     logits = torch.tensor([[1.0, 0]] * 6)
-    config = classifier(["no", "yes"])
-    assert error_analysis.analyze_errors(logits, dataset(tokenizer, [0] * 6), config, tokenizer)["mistakes"] == []
+    config = classifier_config(["no", "yes"])
+    assert analyze_errors(logits, make_dataset(tokenizer, [0] * 6), config, tokenizer)["mistakes"] == []
     logits[3] = float("nan")
-    found = error_analysis.analyze_errors(logits, dataset(tokenizer, [1, 0, 0, 1, 0, 0]), config, tokenizer)
-    assert found["mistakes"][0]["text"] == "good"
+    results = analyze_errors(logits, make_dataset(tokenizer, [1, 0, 0, 1, 0, 0]), config, tokenizer)
+    assert results["mistakes"][0]["text"] == "good"

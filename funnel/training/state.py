@@ -1,0 +1,100 @@
+"""The state of a training run."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funnel.data.tokenizer import FunnelTokenizer
+from funnel.model.heads import FunnelPreTrainedModel
+from funnel.training.distributed import Distributed
+
+STATE_VERSION = 2  # of training_state.pt
+LOSS_SMOOTHING = 0.05  # weight of the newest loss in the running mean
+
+
+@dataclass(frozen=True)
+class TrainComponents:
+    """The objects that a training step uses.
+
+    Attributes:
+        model: the model itself, for evaluation and checkpoints.
+        wrapped: the model to call in training steps, wrapped by DDP, FSDP2 or torch.compile if they are used.
+        scaler: disabled unless `dtype` is "fp16".
+        dtype: dtype of matrix products, a key of `DTYPES`.
+    """
+
+    dist: Distributed
+    model: FunnelPreTrainedModel
+    wrapped: nn.Module
+    tokenizer: FunnelTokenizer
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    dtype: str
+
+
+@dataclass
+class TrainState:
+    """Training progress; with the weights, everything that resuming needs.
+
+    Attributes:
+        step: number of completed steps.
+        evaluated_step: step of the last evaluation.
+        best, last: evaluations on dev: step, loss and metrics by name.
+        mean_loss: running mean of the training loss, on the device.
+        optimizer, scaler: state dicts, filled when the state is saved or loaded.
+    """
+
+    step: int = 0
+    evaluated_step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    mean_loss: Tensor | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+    def is_due(self, every: int, total_steps: int) -> bool:
+        """Whether something that happens every `every` steps, and after the last step, is due now."""
+        return self.step > 0 and (self.step % every == 0 or self.step == total_steps)
+
+    def record_step(self, loss: Tensor) -> None:
+        """Counts a step. `loss` stays on the device."""
+        self.step += 1
+        if self.mean_loss is None:
+            self.mean_loss = loss
+            return
+        mean = torch.where(self.mean_loss.isfinite(), self.mean_loss.lerp(loss, LOSS_SMOOTHING), loss)
+        self.mean_loss = torch.where(loss.isfinite(), mean, self.mean_loss)  # fp16 skips steps that are not finite
+
+    def record_evaluation(self, scores: Mapping[str, float], metric: str) -> bool:
+        """Records an evaluation on dev; returns whether it is the best so far by `metric`."""
+        self.evaluated_step = self.step
+        self.last = {"step": self.step, **scores}
+        if not is_better(scores[metric], self.best.get(metric)):
+            return False
+        self.best = self.last
+        return True
+
+    def restore(self, components: TrainComponents) -> None:
+        """Loads the saved state into the optimizer and the scaler; does nothing for a new run."""
+        if self.mean_loss is not None:
+            self.mean_loss = self.mean_loss.to(components.dist.device)
+        if self.optimizer:
+            components.dist.load_optimizer_state(components.model, components.optimizer, self.optimizer)
+            components.scaler.load_state_dict(self.scaler)
+        self.optimizer, self.scaler = {}, {}
+
+    def to_dict(self, optimizer: dict[str, Any], scaler: dict[str, Any]) -> dict[str, Any]:
+        """The contents of training_state.pt."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        mean_loss = None if self.mean_loss is None else self.mean_loss.cpu()
+        return {**values, "version": STATE_VERSION, "mean_loss": mean_loss, "optimizer": optimizer, "scaler": scaler}
+
+
+def is_better(score: float, best: float | None) -> bool:
+    """Whether a score improves on the best so far (None: no score yet); NaN never improves on a score."""
+    return best is None or score > best or (math.isnan(best) and not math.isnan(score))
