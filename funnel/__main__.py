@@ -1,4 +1,4 @@
-"""`python -m funnel` is the command `funnel`."""
+"""`python -m funnel` runs the command `funnel`."""
 
 import sys
 

@@ -1,1 +1,1 @@
-"""Trained models: reports, attention rollout."""
+"""Analysis of trained models: reports on runs, attention rollout."""

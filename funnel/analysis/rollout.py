@@ -1,11 +1,14 @@
-"""What each block keeps of a text, and how much of it reaches [cls]: attention rollout through the pooled blocks.
+"""Attention rollout through pooled blocks: how much of the final [CLS] state comes from each token.
 
-Rollout (Abnar and Zuidema 2020, arXiv 2005.00928) takes a layer for a matrix that mixes positions: half of it is
-attention, averaged over heads, the other half the residual. Here the residual of a layer that pools is the pooling
-itself. A product of such matrices says how much of each position before comes to be in each one after. It follows
-where attention looks, not what the values do: a hint, no proof.
+Rollout (Abnar and Zuidema 2020, arXiv 2005.00928) models a layer as a matrix that mixes positions: half attention, averaged
+over heads, and half residual connection. The product of these matrices says how much of each input position ends up in
+each output position. In a layer that pools, the residual connection is the pooling itself. Rollout accounts for attention
+weights, but not for values and feed-forward layers: treat it as a rough estimate.
+
+Shapes: l tokens, p positions of a block's output, q and k queries and keys of a layer.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +17,8 @@ from torch import Tensor
 
 from funnel.data.dataset import Dataset
 from funnel.inference import Classifier, Prediction
-from funnel.model import attention_backends, pooling
+from funnel.model import pooling
+from funnel.model.attention_backends import capture_attention_weights
 from funnel.model.config import FunnelConfig
 
 
@@ -22,105 +26,97 @@ class Position(NamedTuple):
     """A position of a block's output.
 
     Attributes:
-        tokens: numbers of the tokens that it was pooled from.
-        share: of the final [cls] that comes through it; those of a block sum to 1.
+        tokens: indices of the tokens that were pooled into it.
+        contribution: share of the final [CLS] state that passes through it; those of a block sum to 1.
     """
 
     tokens: list[int]
-    share: float
+    contribution: float
 
 
 class Explanation(NamedTuple):
-    """What `explain` finds.
+    """Attention rollout of one prediction.
 
     Attributes:
-        tokens: the text as the model sees it, special tokens included.
-        shares: of every token in the final [cls], sum 1.
+        tokens: of the text, with special tokens.
+        contributions: share of the final [CLS] state that comes from each token; they sum to 1.
         blocks: the positions of every block's output.
-        prediction: what the classifier says.
+        prediction: the classifier's.
     """
 
     tokens: list[str]
-    shares: list[float]
+    contributions: list[float]
     blocks: list[list[Position]]
     prediction: Prediction
 
 
+class AttentionRollout(NamedTuple):
+    """The matrices that mix positions.
+
+    Attributes:
+        layers: for every layer run, [q, k]: how much of each input position is in each output position; rows sum to 1.
+        blocks: for every block, [p, l]: how much of each token was pooled into each position.
+    """
+
+    layers: list[Tensor]
+    blocks: list[Tensor]
+
+    def cls_contributions(self) -> list[Tensor]:
+        """Contributions of the positions before every layer run, and after the last one, to the final [CLS] state."""
+        contributions = [torch.ones(1, dtype=torch.float64)]  # the last layer only computes [CLS]
+        for layer in reversed(self.layers):
+            contributions.insert(0, contributions[0] @ layer)
+        return contributions
+
+
 @torch.no_grad()
 def explain(classifier: Classifier, text: str, pair: str | None = None) -> Explanation:
-    """Follows one text (or pair) through the blocks of a classifier.
+    """Computes the attention rollout of one text or pair of texts.
 
     Raises:
         FunnelError: the text cannot be encoded.
     """
-    config = classifier.model.config
-    data = Dataset.of([text], None if pair is None else [pair], classifier.tokenizer, classifier.max_length)
-    classifier.cut += data.cut.texts
-    ids, mask, types, _ = data.batch(np.zeros(1, int)).to(classifier.device)
-    with attention_backends.recorded() as weights:
-        logits = classifier.model(ids, mask, types).float().cpu()[0]
-    layers, pooled = mixing([w[0].mean(0).double().cpu() for w in weights], mask.bool().cpu(), config)
-    runs = [size * repeat for size, repeat in zip(config.block_sizes, config.repeats, strict=True)]
-    ends = [sum(runs[: number + 1]) for number in range(len(runs))]
-    share = torch.ones(1, dtype=torch.float64)  # of the last layer's only position, [cls]
-    shares: dict[int, Tensor] = {}
-    for number in range(len(layers), 0, -1):
-        shares[number] = share
-        share = share @ layers[number - 1]
-    blocks = []
-    for end, stands_for in zip(ends, pooled, strict=True):
-        found = torch.zeros(len(stands_for), dtype=torch.float64)
-        found[: len(shares[end])] = shares[end]
-        blocks.append([Position(row.nonzero()[:, 0].tolist(), float(s)) for row, s in zip(stands_for, found, strict=True)])
-    names = [str(classifier.tokenizer.tokenizer.id_to_token(token)) for token in ids[0].tolist()]
-    return Explanation(names, share.tolist(), blocks, classifier.prediction(logits))
+    config, tokenizer = classifier.model.config, classifier.tokenizer
+    dataset = Dataset.from_texts([text], None if pair is None else [pair], tokenizer, classifier.inputs.max_length)
+    classifier.n_truncated += dataset.truncation.texts
+    batch = dataset.batch(np.zeros(1, int)).to(classifier.device)
+    with capture_attention_weights() as weights:
+        logits = classifier.model(**batch.inputs).float().cpu()[0]
+    rollout = compute_rollout([w[0].mean(0).double().cpu() for w in weights], batch.attention_mask.bool().cpu(), config)
+    contributions = rollout.cls_contributions()
+    blocks, n_runs = [], 0
+    for block, pooled in zip(config.blocks, rollout.blocks, strict=True):
+        n_runs += block.runs
+        through = torch.zeros(len(pooled), dtype=torch.float64)  # the last layer computes only [CLS]
+        through[: len(contributions[n_runs])] = contributions[n_runs]
+        blocks.append([Position(row.nonzero()[:, 0].tolist(), float(c)) for row, c in zip(pooled, through, strict=True)])
+    tokens = [str(tokenizer.tokenizer.id_to_token(token)) for token in batch.input_ids[0].tolist()]
+    return Explanation(tokens, contributions[0].tolist(), blocks, classifier.to_prediction(logits))
 
 
-def mixing(weights: list[Tensor], mask: Tensor, config: FunnelConfig) -> tuple[list[Tensor], list[Tensor]]:
-    """What every layer does to positions, and what every block's positions stand for.
+def compute_rollout(attention: Sequence[Tensor], mask: Tensor, config: FunnelConfig) -> AttentionRollout:
+    """Combines attention weights, residual connections and pooling.
 
     Args:
-        weights: attention of every layer run, the mean over heads, [q, k], float64.
-        mask: [1, l], true where a token is real.
-
-    Returns:
-        A matrix for every layer run, [positions after, positions before], whose rows sum to 1; and one for every block,
-        [its positions, tokens].
+        attention: weights of every layer run, averaged over heads, [q, k], float64.
+        mask: [1, l], True for tokens, False for padding.
     """
-    rows = iter(weights)
-    stands_for = torch.eye(mask.shape[1], dtype=torch.float64)
-    layers, pooled = [], []
-    for block, (size, repeat) in enumerate(zip(config.block_sizes, config.repeats, strict=True)):
+    attention_of_runs = iter(attention)
+    tokens = torch.eye(mask.shape[1], dtype=torch.float64)
+    layers, blocks = [], []
+    for number, block in enumerate(config.blocks):
         pool = torch.eye(mask.shape[1], dtype=torch.float64)
-        if block > 0:
+        if number > 0:
             pool = pooling.pool_hidden(pool.unsqueeze(0), mask, config)[0]
-            pool /= pool.sum(1, keepdim=True).clamp(min=1e-12)  # a maximum has a whole share of both
+            pool /= pool.sum(1, keepdim=True).clamp(min=1e-12)  # max pooling gives both positions of a pair weight 1
             mask = pooling.pool_mask(mask, config)
-            stands_for = pool @ stands_for
-        pooled.append(stands_for)
-        for run in range(size * repeat):
-            attention = next(rows)
-            if run == 0 and block > 0 and config.pool_q_only:
-                layers.append((attention + pool[: len(attention)]) / 2)  # keys are the former block's positions
-            else:
-                layer = (attention + torch.eye(attention.shape[1], dtype=torch.float64)[: len(attention)]) / 2
-                layers.append(layer @ pool if run == 0 else layer)
-    return layers, pooled
-
-
-def describe(explanation: Explanation, width: int = 40) -> str:
-    """An explanation as text: a line a position, with a bar of its share."""
-    lines = []
-    if explanation.prediction.probability is None:
-        lines.append(f"{explanation.prediction.label:.4g}")
-    else:
-        lines.append(f"{explanation.prediction.label} ({explanation.prediction.probability:.1%})")
-    first = [Position([number], share) for number, share in enumerate(explanation.shares)]
-    for name, positions in [("tokens", first), *((f"block {n}", found) for n, found in enumerate(explanation.blocks))]:
-        lines.append(f"\n{name}: {len(positions)} position{'s' * (len(positions) > 1)}")
-        largest = max(position.share for position in positions)
-        for position in positions:
-            words = " ".join(explanation.tokens[number] for number in position.tokens) or "(dropped)"
-            bar = "#" * round(width * position.share / largest)
-            lines.append(f"  {position.share:6.1%} {bar:<{width}} {words}")
-    return "\n".join(lines)
+            tokens = pool @ tokens
+        blocks.append(tokens)
+        for run in range(block.runs):
+            weights = next(attention_of_runs)
+            if run == 0 and number > 0 and config.pool_q_only:  # queries are pooled, keys are not
+                layers.append((weights + pool[: len(weights)]) / 2)
+                continue
+            layer = (weights + torch.eye(weights.shape[1], dtype=torch.float64)[: len(weights)]) / 2
+            layers.append(layer @ pool if run == 0 else layer)
+    return AttentionRollout(layers, blocks)

@@ -1,1 +1,1 @@
-"""The command `funnel` and what train.py shares with it."""
+"""Commands: `funnel` with its subcommands, and what train.py shares with them."""

@@ -1,112 +1,159 @@
-"""What a layout module_costs before anyone pays for it, as text and as a picture: `python -m funnel layout`."""
+"""`funnel layout`: the cost of a layout and the origin of its layers, without training or building a model."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from funnel.cli.common import ArgumentParser
 from funnel.errors import FunnelError
 from funnel.io import is_dir
-from funnel.model.config import FunnelConfig, parse_blocks, released_config
-from funnel.model.flops import count_parameters, module_costs, total_flops
-from funnel.weights import surgery
-from funnel.weights.load import read_config, resolve
 
-LENGTHS = (128, 512)
+if TYPE_CHECKING:
+    from funnel.model.config import FunnelConfig
+    from funnel.model.flops import ModuleCost
+
+LENGTHS = (128, 512)  # tokens
+BYTES_PER_ACTIVATION = 2  # bf16
+
+
+def add_layout(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser("layout", help="cost of a layout, and where its layers come from")
+    parser.add_argument("--blocks", help="layers in each block, such as 2,2,2,2 or 6,3x2,3x2 (default: as in the weights)")
+    parser.add_argument("--weights", default="small", help="checkpoint folder in any format, or the name of a released model, "
+                        "such as small, medium-base or xlarge (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--against", metavar="BLOCKS", help="layout of the same width to compare the cost with; 12 means a "
+                        "model of 12 layers without pooling (default: the layout of the weights)")  # fmt: skip
+    parser.add_argument("--init", default="identity", help="initialization of new layers: identity, copy or random "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--keep", default="spread", help="which layers to keep if the weights have more than --blocks: spread, "
+                        "first or last (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--layout-plan", type=Path, help="JSON file with a layout plan, instead of --init and --keep")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the layout (extra: plot)")
+    parser.set_defaults(work=show_layout)
 
 
 def show_layout(args: argparse.Namespace) -> None:
-    """Prints costs and plan of a layout.
+    """Prints the cost table, the comparison with another layout, and the layout plan.
 
     Raises:
         FunnelError: layout, weights or plan cannot be read.
     """
-    old = source_config(args.weights).replace(num_decoder_layers=0)
-    new, other = (with_blocks(old, blocks) for blocks in (args.blocks, args.against))
-    plan = (
-        surgery.read_plan(args.layout_plan, old, new) if args.layout_plan else surgery.make_plan(old, new, args.init, args.keep)
-    )
-    print(f"layout {new.layout}, width {new.d_model}, a classifier without decoder; from {args.weights} ({old.layout})\n")
-    print(cost_table(new))
-    flops = (f"{total_flops(new, length) / total_flops(other, length):.2f} of its FLOPs at {length}" for length in LENGTHS)
-    weights = count_parameters(new) / count_parameters(other)
-    print(f"\nagainst {other.layout}: {', '.join(flops)}, {weights:.2f} of its parameters\n")
-    print("\n".join(f"layer {row}" for row in plan))
+    from funnel.model.flops import count_parameters, total_flops
+    from funnel.weights.surgery import make_plan, read_plan
+
+    weights = _read_config(args.weights).replace(num_decoder_layers=0)
+    config = weights.replace(blocks=args.blocks) if args.blocks else weights
+    try:
+        baseline = weights.replace(blocks=args.against) if args.against else weights
+    except FunnelError as error:
+        raise FunnelError(f"against {args.against}: {error}", "against") from None
+    if args.layout_plan:
+        plan = read_plan(args.layout_plan, weights, config)
+    else:
+        plan = make_plan(weights, config, args.init, args.keep)
+    source = f"{args.weights} ({weights.layout})"
+    print(f"layout {config.layout}, d_model {config.d_model}, classifier without decoder, weights from {source}\n")
+    print(cost_table(config))
+    ratios = (f"{total_flops(config, n) / total_flops(baseline, n):.2f} of its FLOPs at {n} tokens" for n in LENGTHS)
+    parameters = count_parameters(config) / count_parameters(baseline)
+    print(f"\ncompared with {baseline.layout}: {', '.join(ratios)}, {parameters:.2f} of its parameters\n")
+    print("\n".join(f"layer {layer}" for layer in plan))
     if args.plot:
-        draw(new, args.plot)
+        plot_layout(config, args.plot)
         print(f"\nwrote {args.plot}")
 
 
-def source_config(weights: str) -> FunnelConfig:
-    """The config of a folder in any format, or of a released size."""
-    return read_config(resolve(weights)) if is_dir(weights) else released_config(weights)
+def _read_config(weights: str) -> "FunnelConfig":
+    """The config of a checkpoint folder in any format, or of a released model."""
+    from funnel.model.config import released_config
+    from funnel.weights.load import read_source_config, resolve
+
+    return read_source_config(resolve(weights)) if is_dir(weights) else released_config(weights)
 
 
-def with_blocks(config: FunnelConfig, blocks: str | None) -> FunnelConfig:
-    """The config in the layout that `blocks` names, or as it is."""
-    sizes, repeats = parse_blocks(blocks) if blocks else (config.block_sizes, config.repeats)
-    return config.replace(block_sizes=sizes, block_repeats=repeats)
+def cost_table(config: "FunnelConfig") -> str:
+    """One line per module: layers, sequence lengths, parameters, FLOPs, activation memory, and shares of the totals."""
+    from funnel.model.flops import count_parameters, module_costs
 
-
-def cost_table(config: FunnelConfig) -> str:
-    """A line a part of the model: layers, lengths, parameters, FLOPs, memory; with the shares of the whole."""
     by_length = [module_costs(config, length) for length in LENGTHS]
-    rows = [("", "layers", *_heads("at"), "parameters", "", *_heads("GFLOPs at"), *_heads("MiB at"))]
-    parameters = count_parameters(config)
-    flops = [sum(part.flops for part in parts) for parts in by_length]
-    kept = [sum(part.activations for part in parts) for parts in by_length]
-    for part, *others in zip(*by_length, strict=True):
-        same = (part, *others)
-        layers = f"{part.layers}" + (f" x {part.runs // part.layers}" if part.runs > part.layers else "") if part.layers else ""
-        gflops = [f"{p.flops / 1e9:.3g} ({p.flops / f:.0%})" for p, f in zip(same, flops, strict=True)]
-        lengths = [str(p.length) if p.length else "" for p in same]
-        mib = [f"{p.activations * 2 / 2**20:.3g} ({p.activations / k:.0%})" for p, k in zip(same, kept, strict=True)]
-        share = f"{part.parameters / parameters:.0%}"
-        rows.append((part.name, layers, *lengths, f"{part.parameters:,}", share, *gflops, *mib))
-    sums = [f"{f / 1e9:.3g}" for f in flops] + [f"{k * 2 / 2**20:.3g}" for k in kept]
-    rows.append(("all", "", *("" for _ in LENGTHS), f"{parameters:,}", "", *sums))
+    n_parameters = count_parameters(config)
+    flops = [sum(module.flops for module in modules) for modules in by_length]
+    activations = [sum(module.activations for module in modules) for modules in by_length]
+    rows = [_header()]
+    for modules in zip(*by_length, strict=True):
+        module = modules[0]
+        gflops = [f"{m.flops / 1e9:.3g} ({m.flops / total:.0%})" for m, total in zip(modules, flops, strict=True)]
+        mib = [f"{_mib(m.activations)} ({m.activations / total:.0%})" for m, total in zip(modules, activations, strict=True)]
+        lengths = [str(m.length) if m.length else "" for m in modules]
+        share = f"{module.parameters / n_parameters:.0%}"
+        rows.append([module.name, _layers(module), *lengths, f"{module.parameters:,}", share, *gflops, *mib])
+    totals = [f"{total / 1e9:.3g}" for total in flops] + [_mib(total) for total in activations]
+    rows.append(["total", "", *("" for _ in LENGTHS), f"{n_parameters:,}", "", *totals])
+    note = "Memory: approximate activations saved for the backward pass, per example, in bf16."
+    return f"{_align(rows)}\n\n{note}"
+
+
+def _header() -> list[str]:
+    columns = [[f"{unit} {length}" for length in LENGTHS] for unit in ("length at", "GFLOPs at", "MiB at")]
+    return ["", "layers", *columns[0], "parameters", "", *columns[1], *columns[2]]
+
+
+def _layers(module: "ModuleCost") -> str:
+    """ "3", or "3 x 2" if each layer runs twice."""
+    if not module.layers:
+        return ""
+    return f"{module.layers}" + (f" x {module.runs // module.layers}" if module.runs > module.layers else "")
+
+
+def _mib(activations: int) -> str:
+    return f"{activations * BYTES_PER_ACTIVATION / 2**20:.3g}"
+
+
+def _align(rows: list[list[str]]) -> str:
+    """Pads cells to columns: the first one left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return (
-        "\n".join(line.rstrip() for line in lines)
-        + "\n\nMiB: what a training step keeps of one text for its backward pass, in bf16, about."
-    )
+    lines = []
+    for first, *cells in rows:
+        aligned = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
 
 
-def _heads(text: str) -> tuple[str, ...]:
-    return tuple(f"{text} {length}" for length in LENGTHS)
-
-
-def draw(config: FunnelConfig, path: Path) -> None:
-    """Draws the funnel: a bar a layer, as wide as the sequence is long there.
+def plot_layout(config: "FunnelConfig", path: Path) -> None:
+    """Draws one bar per executed layer, whose width is the sequence length.
 
     Raises:
-        FunnelError: matplotlib is not installed, or the picture cannot be written.
+        FunnelError: matplotlib is not installed, or the file cannot be written.
     """
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        raise FunnelError("--plot needs the extra plot: pip install -e '.[plot]'") from None
-    parts = [part for part in module_costs(config, LENGTHS[0]) if part.layers]
-    whole = sum(part.flops for part in parts)
-    figure, axis = plt.subplots(figsize=(7, 0.25 * sum(part.runs for part in parts) + 1.2), layout="constrained")
-    row, colors = 0, plt.get_cmap("viridis")
-    for number, part in enumerate(parts):
-        color = colors(0.15 + 0.7 * number / max(1, len(parts) - 1))
-        rows = range(row, row + part.runs)
-        axis.barh(rows, part.length, left=-part.length / 2, height=0.8, color=color)
-        note = (
-            f"{part.name}: length {part.length}, {part.parameters / 1e6:.3g} M weights, {part.flops / whole:.0%} of the FLOPs"
-        )
-        axis.text(LENGTHS[0] * 0.55, row + (part.runs - 1) / 2, note, va="center", fontsize=8)
-        row += part.runs
-    axis.invert_yaxis()
-    axis.set_axis_off()
-    axis.set_title(f"{config.layout}, {LENGTHS[0]} tokens", fontsize=10)
+        raise FunnelError("plot needs matplotlib; run pip install 'funnel-transformer[plot]'", "plot") from None
+    from funnel.io import os_errors
+    from funnel.model.flops import module_costs
+
+    length = LENGTHS[0]
+    blocks = [module for module in module_costs(config, length) if module.layers]
+    n_runs, total = sum(block.runs for block in blocks), sum(block.flops for block in blocks)
+    figure, axes = plt.subplots(figsize=(7, 0.25 * n_runs + 1.2), layout="constrained")
+    colors, first_row = plt.get_cmap("viridis"), 0
+    for number, block in enumerate(blocks):
+        rows = range(first_row, first_row + block.runs)
+        color = colors(0.15 + 0.7 * number / max(1, len(blocks) - 1))
+        axes.barh(rows, block.length, left=-block.length / 2, height=0.8, color=color)
+        size = f"length {block.length}, {block.parameters / 1e6:.3g} M parameters, {block.flops / total:.0%} of the FLOPs"
+        axes.text(length * 0.55, first_row + (block.runs - 1) / 2, f"{block.name}: {size}", va="center", fontsize=8)
+        first_row += block.runs
+    axes.invert_yaxis()
+    axes.set_axis_off()
+    axes.set_title(f"{config.layout}, {length} tokens", fontsize=10)
     try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise FunnelError(f"--plot {path}: cannot be written ({error})") from None
+        with os_errors(path, "write"):
+            figure.savefig(path, dpi=110)
+    except FunnelError:
+        raise
+    except ValueError as error:  # unknown image format
+        raise FunnelError(f"plot {path}: {error}", "plot") from None
     finally:
         plt.close(figure)

@@ -1,156 +1,212 @@
-"""Many runs from one command: `python -m funnel sweep` trains every combination of layouts, learning rates and seeds.
+"""`funnel sweep`: one training run for each combination of layouts, initializations, learning rates and seeds."""
 
-Each is `train.py` in a process of its own, in a folder of its own. What is done is skipped, what was stopped goes on.
-"""
-
+import argparse
 import itertools
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from funnel.analysis import report
-from funnel.errors import FunnelError, StoppedBySignal
-from funnel.io import read_json
-from funnel.model.config import INITS, parse_blocks
+from funnel.cli.common import ArgumentParser
+from funnel.errors import FunnelError, StoppedBySignal, format_list, plural
 
-TRAIN = Path(__file__).parent.parent.parent / "train.py"
+SET_BY_SWEEP = ("--seed", "--resume", "--out", "--lr", "--blocks")
+NEW, STARTED, FINISHED = "new", "started", "finished"  # states of a run
+FORWARDED_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+CONTINUE = "rerun the same command to continue"
 
 
-class Planned(NamedTuple):
-    """A run to be: its folder, and what train.py is given beside it."""
+class PlannedRun(NamedTuple):
+    """A run of the sweep: its folder, and the training script's arguments without it."""
 
     folder: Path
     arguments: list[str]
 
 
-def plan(
-    out: Path, blocks: Sequence[str] | None, inits: str | None, rates: str | None, seeds: int, more: Sequence[str]
-) -> list[Planned]:
-    """The runs of a sweep, seed after seed, so that one that is cut short has all settings.
+@dataclass(frozen=True)
+class SweepArgs:
+    """What to train.
 
-    Args:
+    Attributes:
         out: folder of the runs.
-        blocks: layouts; None for that of the weights.
-        inits, rates: values with commas between them; None for train.py's default.
-        seeds: how many.
-        more: further arguments of train.py.
+        blocks, inits, learning_rates: values to combine; None for the training script's default.
+        n_seeds: number of seeds, from 0.
+        train_arguments: further arguments of the training script.
+    """
+
+    out: Path
+    blocks: Sequence[str] | None = None
+    inits: Sequence[str] | None = None
+    learning_rates: Sequence[str] | None = None
+    n_seeds: int = 1
+    train_arguments: Sequence[str] = ()
+
+
+def add_sweep(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "sweep",
+        help="train every combination of layouts, learning rates and seeds, then report",
+        allow_abbrev=False,  # --seed must not be read as --seeds
+        description="Trains every combination, one after the other, each in its own folder in --out, and writes a report.\n"
+        "Rerun the same command to continue an interrupted sweep: finished runs are skipped, unfinished ones resumed.\n"
+        "Unknown arguments are passed on to the training script.",
+    )
+    parser.add_argument("--blocks", action="append", help="layout; repeat the flag for several (default: as in the weights)")
+    parser.add_argument(
+        "--init", type=_split, metavar="INITS", help="comma-separated initializations of new layers (default: the script's)"
+    )
+    parser.add_argument(
+        "--lr", type=_split, metavar="RATES", help="comma-separated learning rates, such as 1e-5,2e-5 (default: the task's)"
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train with seeds 0 to N-1 (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="folder for the runs "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--script", type=Path, default=Path("train.py"), metavar="FILE", help="training script "
+                        "(default: ./%(default)s)")  # fmt: skip
+    parser.set_defaults(work=sweep, take_extra=_take_train_arguments, on_interrupt=CONTINUE, train_arguments=[])
+
+
+def _split(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _take_train_arguments(args: argparse.Namespace, extra: list[str]) -> bool:
+    args.train_arguments = extra
+    return True
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Trains the runs that are not finished, then writes the report. A failed run does not stop the others.
 
     Raises:
-        FunnelError: a layout, an init or a learning rate is none.
+        FunnelError: an argument is invalid, or a run failed.
+        StoppedBySignal: after a signal, once the current run has saved a checkpoint.
     """
-    if seeds < 1:
-        raise FunnelError(f"--seeds {seeds}: it takes a number from 1 up")
-    for text in blocks or ():
-        parse_blocks(text)
-    for text in inits.split(",") if inits else ():
-        if text not in INITS:
-            raise FunnelError(f"--init {text!r}: there are {', '.join(INITS)}")
-    distinct: dict[float, str] = {}  # 2e-4 and 0.0002 are one run
-    for text in rates.split(",") if rates else ():
+    from funnel.cli.report import write_report
+
+    if not args.script.is_file():
+        raise FunnelError(f"--script {args.script}: no such file; run in a checkout, or pass the path of your script")
+    runs = plan_runs(SweepArgs(args.out, args.blocks, args.init, args.lr, args.seeds, args.train_arguments))
+    states = [run_state(run, args.script) for run in runs]
+    print(f"{plural(len(runs), 'run')} in {args.out}, {states.count(FINISHED)} of them finished", flush=True)
+    failed = []
+    for number, (run, state) in enumerate(zip(runs, states, strict=True), 1):
+        if state == FINISHED:
+            continue
+        print(f"\n[{number}/{len(runs)}] {shlex.join([args.script.name, *run.arguments])}", flush=True)
+        resume = ["--resume"] if state == STARTED else []
+        status = run_training(args.script, [*run.arguments, "--out", str(run.folder), *resume])
+        if status:
+            failed.append(run.folder)
+            print(f"[{number}/{len(runs)}] failed with exit status {status}", flush=True)
+    if trained := [run.folder for run in runs if run.folder not in failed]:
+        print()
+        write_report(trained, args.out / "report.html")
+    if failed:
+        names = format_list(folder.name for folder in failed)
+        raise FunnelError(f"{len(failed)} of {len(runs)} runs failed: {names}; see the messages above; rerun to retry them")
+
+
+def plan_runs(args: SweepArgs) -> list[PlannedRun]:
+    """The runs of a sweep, ordered by seed, so that all settings run with one seed before the next.
+
+    Raises:
+        FunnelError: an argument is invalid.
+    """
+    _check(args)
+    choices: list[list[tuple[str, ...]]] = [  # of each flag: the arguments to choose from
+        [(name, value) for value in dict.fromkeys(values)] if values else [()]
+        for name, values in (
+            ("--blocks", args.blocks),
+            ("--init", args.inits),
+            ("--lr", _distinct_numbers(args.learning_rates or ())),
+        )
+    ]
+    runs = []
+    for seed, chosen in itertools.product(range(args.n_seeds), list(itertools.product(*choices))):
+        pairs = [pair for pair in chosen if pair]
+        name = "_".join([value.replace(",", "-") for _, value in pairs] + [f"seed{seed}"])
+        flags = [argument for pair in pairs for argument in pair]
+        runs.append(PlannedRun(args.out / name, [*flags, "--seed", str(seed), *args.train_arguments]))
+    return runs
+
+
+def _check(args: SweepArgs) -> None:
+    from funnel.model.config import parse_blocks
+    from funnel.weights.surgery import INITS
+
+    if args.n_seeds < 1:
+        raise FunnelError(f"invalid --seeds {args.n_seeds}: expected at least 1")
+    for blocks in args.blocks or ():
+        parse_blocks(blocks)
+    for init in args.inits or ():
+        if init not in INITS:
+            raise FunnelError(f"invalid --init {init!r}: choose from {format_list(INITS)}")
+    for argument in args.train_arguments:
+        if argument.split("=")[0] in SET_BY_SWEEP:
+            raise FunnelError(f"{argument.split('=')[0]} is set by the sweep; remove it")
+
+
+def _distinct_numbers(texts: Sequence[str]) -> list[str]:
+    """Drops duplicates such as 0.0002 after 2e-4."""
+    distinct: dict[float, str] = {}
+    for text in texts:
         try:
             distinct.setdefault(float(text), text)
         except ValueError:
-            raise FunnelError(f"--lr {text!r}: is no number; give them as in 1e-5,2e-5") from None
-    for flag in ("--seed", "--resume", "--out", "--lr", "--blocks"):
-        if any(argument.split("=")[0] == flag for argument in more):
-            raise FunnelError(f"{flag}: is set by the sweep itself")
-    choices: list[list[tuple[str, ...]]] = [  # nothing, or a flag and its value
-        [(flag, value) for value in dict.fromkeys(values)] if values else [()]
-        for flag, values in (
-            ("--blocks", blocks),
-            ("--init", inits.split(",") if inits else None),
-            ("--lr", list(distinct.values())),
-        )
-    ]
-    planned = []
-    for seed, rest in itertools.product(range(seeds), list(itertools.product(*choices))):
-        name = "_".join([pair[1].replace(",", "-") for pair in rest if pair] + [f"seed{seed}"])
-        arguments = [part for pair in rest for part in pair] + ["--seed", str(seed), *more]
-        planned.append(Planned(out / name, arguments))
-    return planned
+            raise FunnelError(f"invalid --lr {text!r}: expected numbers such as 1e-5,2e-5") from None
+    return list(distinct.values())
 
 
-def state(run: Planned) -> str:
-    """ "done", "begun" or "new".
+def run_state(run: PlannedRun, script: Path) -> str:
+    """NEW, STARTED or FINISHED.
 
     Raises:
-        FunnelError: the folder has a run with other arguments.
+        FunnelError: the folder has a run with different arguments.
     """
+    from funnel.analysis.runs import read_run
+    from funnel.io import read_json
+
     record = run.folder / "run.json"
     if not record.is_file():
-        return "new"
-    given = shlex.split(str(read_json(record).get("command", "")))
-    wanted = [*run.arguments, "--out", str(run.folder)]
-    if given[-len(wanted) :] != wanted or (len(given) > len(wanted) and not given[-len(wanted) - 1].endswith("train.py")):
-        raise FunnelError(
-            f"{run.folder}: has a run with other arguments ({shlex.join(given)[-300:]}); give the sweep another --out"
-        )
+        return NEW
+    command = shlex.split(str(read_json(record).get("command", "")))
+    expected = [*run.arguments, "--out", str(run.folder)]
+    program, arguments = command[: -len(expected)], command[-len(expected) :]
+    if arguments != expected or not program or Path(program[-1]).name != script.name:
+        raise FunnelError(f"{run.folder}: has a run with different arguments ({shlex.join(command)}); choose another --out")
     try:
-        is_done = report.read(run.folder).is_done
+        return FINISHED if read_run(run.folder).is_finished else STARTED
     except FunnelError:  # stopped before its first evaluation
-        is_done = False
-    return "done" if is_done else "begun"
+        return STARTED
 
 
-def sweep_command(
-    out: Path, blocks: Sequence[str] | None, inits: str | None, rates: str | None, seeds: int, more: Sequence[str]
-) -> None:
-    """`python -m funnel sweep`; arguments as in `plan`.
-
-    A run that fails does not keep the others from theirs.
+def run_training(script: Path, arguments: Sequence[str]) -> int:
+    """Runs the training script and returns its exit status.
 
     Raises:
-        FunnelError: a run failed, or the arguments cannot be.
-        StoppedBySignal: after a signal; the run that was going has saved a checkpoint.
+        StoppedBySignal: a signal arrived. It was forwarded to the script, which has saved its state and exited.
     """
-    if not TRAIN.is_file():
-        raise FunnelError(f"sweep: {TRAIN} is not there; it needs the project's folder (pip install -e .)")
-    runs = plan(out, blocks, inits, rates, seeds, more)
-    states = [state(run) for run in runs]
-    print(f"{len(runs)} runs in {out}, {states.count('done')} of them done", flush=True)
-    failed = []
-    for number, (run, now) in enumerate(zip(runs, states, strict=True), 1):
-        if now == "done":
-            continue
-        print(f"\n[{number}/{len(runs)}] {shlex.join(['train.py', *run.arguments])}", flush=True)
-        code = _run([*run.arguments, "--out", str(run.folder), *(["--resume"] if now == "begun" else [])])
-        if code:
-            failed.append(run.folder)
-            print(f"[{number}/{len(runs)}] failed with status {code}", flush=True)
-    done = [run.folder for run in runs if run.folder not in failed]
-    if done:
-        print()
-        report.report_command(done, out / "report.html")
-    if failed:
-        raise FunnelError(
-            f"sweep: {len(failed)} of {len(runs)} runs failed: {', '.join(f.name for f in failed)[:300]}; what they said "
-            "stands above; the same command tries them again"
-        )
-
-
-def _run(arguments: list[str]) -> int:
-    """train.py's exit status. GracefulStop that reach the sweep go on to it; when it has saved, they end the sweep.
-
-    It gets a session of its own, else a terminal's Ctrl-C would reach it twice.
-    """
-    process = subprocess.Popen([sys.executable, str(TRAIN), *arguments], start_new_session=True)
-    got: list[int] = []
+    # In a new session, because a terminal sends Ctrl-C to every process in its foreground process group.
+    process = subprocess.Popen([sys.executable, str(script), *arguments], start_new_session=True)
+    received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        got.append(number)
+        received.append(number)
         process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    former = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
     try:
-        code = process.wait()
+        status = process.wait()
     finally:
-        for number, handler in former.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    if got:
-        raise StoppedBySignal(got[0], "the same command goes on")
-    return code
+    if received:
+        raise StoppedBySignal(received[0], CONTINUE)
+    return status

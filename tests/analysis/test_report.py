@@ -1,4 +1,4 @@
-"""The page and the table on runs; the page also in a browser, where there is one."""
+"""Reports: reading runs, the table, the page, and its layout in a browser if one is installed."""
 
 import itertools
 import json
@@ -6,165 +6,288 @@ import re
 import shutil
 import statistics
 import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import run_command
+import torch
+from conftest import run_command, tiny_config
 
-from funnel.analysis import report
+from funnel.analysis import figures
+from funnel.analysis.report import COLUMNS, format_mean, markdown_table, render_page, short_command, table_row
+from funnel.analysis.runs import find_runs, group_by_settings, read_run
 from funnel.cli.main import main
+from funnel.data.dataset import encode_examples
+from funnel.data.files import InMemoryExamples
+from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
-from funnel.model import checkpoint
+from funnel.model.checkpoint import load_config
 from funnel.model.flops import total_flops
+from funnel.model.heads import FunnelForSequenceClassification
+from funnel.training.error_analysis import analyze_errors
 
 pytest.importorskip("matplotlib", reason="needs the extra report")
 pytest.importorskip("jinja2", reason="needs the extra report")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+LABELS = ["<yes>", "no"]  # HTML must escape them
+
+
+def write_run(folder: Path, blocks: str = "1,1", labels: list[str] | None = None, **settings) -> Path:
+    """Writes a run folder in the format of train.py, with a random model and random scores.
+
+    Args:
+        labels: names of the classes; an empty list for a regression.
+    """
+    labels = LABELS if labels is None else labels
+    seed = settings.get("seed", 0)
+    generator = np.random.default_rng([seed, len(blocks)])
+    n = 2 * max(15, len(labels))
+    targets = [labels[i % len(labels)] if labels else f"{i / 10}" for i in range(n)]
+    texts = [f"<b>{('good', 'bad')[i % 2]}</b> & film {i}" for i in range(n)]
+    tokenizer = FunnelTokenizer.train(texts)
+    config = tiny_config(
+        vocab_size=tokenizer.vocab_size,
+        num_decoder_layers=0,
+        id2label=dict(enumerate(labels or ["score"])),
+        problem_type="single_label_classification" if labels else "regression",
+    ).replace(blocks=blocks)
+    label_ids = {name: i for i, name in enumerate(labels)} if labels else None
+    dev_set = encode_examples(InMemoryExamples(texts, None, targets), label_ids, tokenizer, 128)
+    logits = torch.from_numpy(generator.normal(size=(n, len(labels) or 1))).float()
+    model = FunnelForSequenceClassification(config)
+    model.save_pretrained(folder / "best")
+    tokenizer.save(folder / "best")
+    evaluation = analyze_errors(logits, dev_set, config, tokenizer)
+    (folder / "best/evaluation.json").write_text(json.dumps(evaluation))
+    values = {
+        "task": "custom", "data": "somewhere/train.tsv", "columns": ["text"], "labels": labels or None, "weights": "none",
+        "blocks": blocks, "init": "identity", "keep": "spread", "layout_plan": None, "epochs": 3.0, "lr": 1e-3,
+        "batch_size": 8, "max_length": 128, "warmup": 0.1, "weight_decay": 0.01, "seed": 0, "grad_accum": 1, "dtype": "fp32",
+        "steps": 12, "eval_every": None, "train_examples": n, "dev_examples": n, "mean_tokens": 9.3 + seed / 10,
+        "digests": {"train": "ab"}, **settings,
+    }  # fmt: skip
+    command = f"/usr/bin/python /home/me/train.py --blocks {blocks} --seed {seed}"
+    (folder / "run.json").write_text(json.dumps({"version": 2, "command": command, "settings": values}))
+    metrics = ("accuracy", "f1") if labels else ("pearson", "spearman")
+    with (folder / "metrics.jsonl").open("w") as log:
+        for step in (4, 8, 12):
+            train = {"loss": 1 / step, "lr": 1e-4, "examples_per_second": 50.0 + step, "memory_mib": 300.0 + step}
+            dev = {"loss": 1.1 / step, **{name: round(float(generator.uniform(0.5, 1)), 4) for name in metrics}}
+            log.write(json.dumps({"step": step, "split": "train", **train}) + "\n")
+            log.write(json.dumps({"step": step, "split": "dev", **dev}) + "\n")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Two layouts, one of them with two seeds; the texts' letters are none that a page would take for its own."""
-    folder = tmp_path_factory.mktemp("report")
-    rows = "".join(
-        f"<b>{word}</b> & film {i}\t{label}\n" for i in range(30) for word, label in (("good", "<yes>"), ("bad", "no"))
-    )
-    (folder / "train.tsv").write_text("text\tlabel\n" + rows)
+def runs(tmp_path_factory) -> Path:
+    """Runs of two layouts, the first one with two seeds."""
+    folder = tmp_path_factory.mktemp("report") / "runs"
     for name, blocks, seed in (("a", "1,1", 0), ("b", "1,1", 1), ("c", "1,1,1", 0)):
-        flags = ("--batch-size", "8", "--dev-share", "0.5", "--lr", "1e-3", "--seed", str(seed), "--out", f"runs/{name}")
-        done = run_command("train.py", "--data", "train.tsv", "--weights", "none", "--blocks", blocks, *flags, cwd=folder)
-        assert done.returncode == 0, done.stderr
-    return folder / "runs"
+        write_run(folder / name, blocks, seed=seed)
+    return folder
 
 
-def test_table_has_mean_and_spread_over_seeds(runs, capsys):
+def read_log(run: Path, split: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_table_shows_mean_and_standard_deviation_over_seeds(runs, capsys):
     assert main(["report", str(runs)]) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| train.tsv")]
     assert [line[1] for line in lines] == ["1,1", "1,1,1"]
     assert [line[-1] for line in lines] == ["a, b |", "c |"]
-    ends = []
-    for name in "ab":
-        log = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
-        ends.append(100 * [line for line in log if line["split"] == "dev"][-1]["accuracy"])
-    assert lines[0][6] == f"accuracy {statistics.mean(ends):.1f} ± {statistics.stdev(ends):.1f}"
-    config = checkpoint.load_config(runs / "a/best")
-    length = report.read(runs / "a").length
+    final = [100 * read_log(runs / name, "dev")[-1]["accuracy"] for name in "ab"]
+    assert lines[0][6] == f"accuracy {statistics.mean(final):.1f} ± {statistics.stdev(final):.1f}"
+    best = [100 * max(line["accuracy"] for line in read_log(runs / name, "dev")) for name in "ab"]
+    assert lines[0][7] == f"{statistics.mean(best):.1f} ± {statistics.stdev(best):.1f}"
+    config = load_config(runs / "a/best")
+    length = read_run(runs / "a").length
+    assert length == 9
     assert lines[0][9].startswith(f"{total_flops(config, length, 8) / 1e6:.3g} ")
+    assert lines[0][11] == f"{312 / 1024:.1f}"
     assert (runs / "report.html").is_file()
 
 
-def test_page_stands_alone_and_shows_texts_as_they_are(runs):
-    text = report.page([report.read(runs / "a")])
-    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script|<link""", text)
-    assert "&lt;yes&gt;" in text
-    assert "<yes>" not in text
-    evaluation = json.loads((runs / "a/best/evaluation.json").read_text())
-    assert sum(map(sum, evaluation["confusion"])) == evaluation["texts"] == 30
-    for count in itertools.chain(*evaluation["confusion"]):
-        assert f">{count}</td>" in text
-    assert text.count('class="bar"') == 2
-    assert text.count("<svg") == 2
-    assert report.INK not in text
+def test_training_time_is_computed_from_the_median_rate(runs):
+    assert read_run(runs / "a").seconds == pytest.approx(12 * 8 / 58)
 
 
-def test_a_run_without_evaluation_file_or_with_a_cut_log_is_shown(runs, tmp_path):
-    shutil.copytree(runs / "a", tmp_path / "a")
-    (tmp_path / "a/best/evaluation.json").unlink()
-    with (tmp_path / "a/metrics.jsonl").open("a") as file:
-        file.write('{"step": 99, "spl')
-    assert "Confusion" not in report.page([report.read(tmp_path / "a")])
+def test_peak_memory_is_the_maximum_of_the_log(runs):
+    assert read_run(runs / "a").peak_memory == 312
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda run: (run / "metrics.jsonl").write_text(""), "no evaluation yet"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "cannot be read"),
-        (lambda run: (run / "run.json").write_text('{"command": "x", "settings": {"blocks": "1"}}'), "damaged"),
-        (lambda run: (run / "metrics.jsonl").write_text('{"step": "x", "split": "dev", "accuracy": []}'), "damaged"),
-        (lambda run: (run / "best/evaluation.json").write_text('{"labels": ["a"], "texts": "x"}'), "damaged"),
-        (lambda run: shutil.rmtree(run / "best"), "best"),
-    ],
-)
-def test_a_damaged_run_is_an_error(damage, words, runs, tmp_path, capsys):
-    shutil.copytree(runs / "a", tmp_path / "a")
-    damage(tmp_path / "a")
-    assert main(["report", str(tmp_path / "a")]) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "a/report.html").exists()
+def test_flops_ratio_compares_with_the_same_layers_without_pooling(runs):
+    run = read_run(runs / "c")
+    unpooled = run.config.replace(blocks="3")
+    assert run.flops_ratio == pytest.approx(total_flops(run.config, run.length, 8) / total_flops(unpooled, run.length, 8))
+    assert 0.3 < run.flops_ratio < 1
 
 
-def test_one_bad_run_does_not_keep_others_from_the_report(runs, tmp_path, capsys):
-    for name in "abc":
-        shutil.copytree(runs / name, tmp_path / name)
-    for name in "ac":
-        (tmp_path / name / "metrics.jsonl").write_text("")
-    assert main(["report", str(tmp_path)]) == 0
-    found = capsys.readouterr()
-    assert found.err.count("left out") == 2
-    assert found.out.count("| train.tsv |") == 1
-    (tmp_path / "b/metrics.jsonl").write_text("")
-    assert main(["report", str(tmp_path)]) == 2
-    assert "no evaluation yet" in capsys.readouterr().err.splitlines()[-1]
+def test_unknown_memory_and_nonfinite_scores_are_displayed(tmp_path):
+    write_run(tmp_path / "a", layout_plan="plans/mine.json", steps=20)
+    log = (tmp_path / "a/metrics.jsonl").read_text()
+    log = re.sub(r'"memory_mib": [\d.]+', '"memory_mib": null', log)
+    (tmp_path / "a/metrics.jsonl").write_text(re.sub(r'"accuracy": [\d.]+', '"accuracy": null', log))
+    run = read_run(tmp_path / "a")
+    row = dict(zip(COLUMNS, table_row([run]), strict=True))
+    assert row["memory, GiB"] == "?"
+    assert row["final dev score, %"] == "accuracy not finite"
+    assert row["new layers"] == "mine.json"
+    assert row["epochs"] == "3 (unfinished)"
+    assert "not finite" in markdown_table([run])
+    assert not any("memory" in description for description, _ in run.summary())
+    assert "Unfinished: last evaluated at step 12 of 20." in render_page([run])
 
 
-def test_the_same_seed_twice_is_not_two_seeds_and_tasks_are_drawn_apart(runs, tmp_path):
+def test_a_single_value_has_no_standard_deviation():
+    assert format_mean([50.0]) == "50.0"
+    assert format_mean([50.0, 52.0]) == "51.0 ± 1.4"
+
+
+def test_command_is_shown_without_folders():
+    assert short_command("/usr/bin/python3 /home/me/train.py --out 'my run'") == "python3 train.py --out 'my run'"
+    assert short_command("unbalanced 'quote") == "unbalanced 'quote"
+
+
+def test_repeated_seeds_are_not_counted_twice_and_tasks_are_plotted_separately(runs, tmp_path):
     for name, source, task in (("a", "a", "rte"), ("same", "a", "rte"), ("b", "b", "rte"), ("other", "a", "qnli")):
         shutil.copytree(runs / source, tmp_path / name)
         record = json.loads((tmp_path / name / "run.json").read_text())
         record["settings"]["task"] = task
         (tmp_path / name / "run.json").write_text(json.dumps(record))
-    groups = report.grouped([report.read(tmp_path / name) for name in ("a", "same", "b", "other")])
-    assert [[record.name for record in group] for group in groups] == [["a", "b"], ["same"], ["other"]]
-    drawings = report.comparison(groups)
+    groups = group_by_settings([read_run(tmp_path / name) for name in ("a", "same", "b", "other")])
+    assert [[run.name for run in group] for group in groups] == [["a", "b"], ["same"], ["other"]]
+    drawings = figures.plot_comparison(groups)
     assert len(drawings) == 2
-    assert all("rte: accuracy" in drawing and "qnli" not in drawing for drawing in drawings)
+    assert all("rte: dev accuracy" in drawing and "qnli" not in drawing for drawing in drawings)
 
 
-def test_a_folder_without_runs_is_an_error(tmp_path):
-    with pytest.raises(FunnelError, match="holds no run"):
-        report.find_runs([tmp_path])
+# --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def test_many_classes_are_listed_and_a_regression_is_drawn(tmp_path):
-    for name, label in (("classes", lambda i: f"class{i % 13}"), ("scores", lambda i: f"{i / 10}")):
-        rows = "".join(f"text {i}\t{label(i)}\n" for i in range(52))
-        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + rows)
-        done = run_command("train.py", "--data", f"{name}.tsv", "--weights", "none", "--blocks", "1,1", "--epochs", "1",
-                           "--dev-share", "0.5", "--out", name, cwd=tmp_path)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    classes, scores = (report.read(tmp_path / name) for name in ("classes", "scores"))
-    assert "Most frequent confusions" in report.page([classes])
-    counts = [count for count, _, _ in classes.confusions]
+def test_page_is_self_contained_and_escapes_texts(runs):
+    page = render_page([read_run(runs / "a")])
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script|<link""", page)
+    assert "&lt;yes&gt;" in page
+    assert "<yes>" not in page
+    evaluation = json.loads((runs / "a/best/evaluation.json").read_text())
+    assert sum(map(sum, evaluation["confusion"])) == evaluation["examples"] == 30
+    for count in itertools.chain(*evaluation["confusion"]):
+        assert f">{count}</td>" in page
+    assert page.count('class="bar"') == 2
+    assert page.count("<svg") == 2
+    assert figures.TEXT_COLOR not in page
+
+
+def test_runs_without_error_analysis_or_with_a_truncated_log_are_shown(runs, tmp_path):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    (tmp_path / "a/best/evaluation.json").unlink()
+    with (tmp_path / "a/metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "spl')
+    assert "Confusion" not in render_page([read_run(tmp_path / "a")])
+
+
+def test_many_classes_are_listed_by_frequency_of_confusion(tmp_path):
+    run = read_run(write_run(tmp_path / "run", labels=[f"class{i}" for i in range(13)]))
+    assert "Most frequent confusions" in render_page([run])
+    counts = [count for count, _, _ in run.confusions]
     assert counts == sorted(counts, reverse=True)
-    assert "Predictions against scores" in report.page([scores])
+
+
+def test_regressions_are_plotted(tmp_path):
+    page = render_page([read_run(write_run(tmp_path / "run", labels=[]))])
+    assert "Predictions against labels" in page
+    assert page.count("<svg") == 3
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a Chromium or Chrome")
-def test_page_in_a_browser(runs, tmp_path):
-    """In a frame as narrow as a phone nothing but scrolling boxes is wider than it, and drawings and bars have a size."""
-    records = [report.read(runs / name) for name in "abc"]
-    (tmp_path / "page.html").write_text(report.page(records), encoding="utf-8")
+def test_page_fits_a_phone(runs, tmp_path):
+    """At 360 pixels, only scrollable boxes are wider than the page, and figures and bars are visible."""
+    (tmp_path / "page.html").write_text(render_page([read_run(runs / name) for name in "abc"]), encoding="utf-8")
     (tmp_path / "frame.html").write_text(
         """<body><iframe id="f" src="page.html" width="360" height="900"></iframe><script>
         onload = () => { const d = document.getElementById("f").contentDocument;
           d.querySelectorAll("details").forEach(x => x.open = true);
           const sizes = q => [...d.querySelectorAll(q)].map(x => x.getBoundingClientRect()).map(x => [x.width, x.height]);
-          const found = {wide: d.documentElement.scrollWidth, svg: sizes("svg"), bars: sizes(".bar")};
+          const found = {width: d.documentElement.scrollWidth, svg: sizes("svg"), bars: sizes(".bar")};
           document.body.textContent = JSON.stringify(found); }
         </script></body>""",
         encoding="utf-8",
     )
-    done = subprocess.run(
+    browser = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files",
          f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", f"file://{tmp_path / 'frame.html'}"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    found = json.loads(re.search(r"\{.*\}", done.stdout).group())
-    assert found["wide"] <= 360
+    found = json.loads(re.search(r"\{.*\}", browser.stdout).group())
+    assert found["width"] <= 360
     assert len(found["svg"]) == 2 + 2 * 3
     assert all(width > 200 and 100 < height < 300 for width, height in found["svg"])
     assert len(found["bars"]) == 2 + 2 + 3
     assert all(width > 2 and height > 2 for width, height in found["bars"])
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "metrics.jsonl").write_text(""), "no evaluation yet"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "cannot read"),
+        (lambda run: (run / "run.json").write_text('{"command": "x", "settings": {"blocks": "1"}}'), "damaged"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"step": "x", "split": "dev", "accuracy": []}'), "damaged"),
+        (lambda run: (run / "best/evaluation.json").write_text('{"labels": ["a"], "examples": "x"}'), "damaged"),
+        (lambda run: shutil.rmtree(run / "best"), "best"),
+    ],
+)
+def test_a_damaged_run_is_an_error(damage, message, runs, tmp_path, capsys):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    damage(tmp_path / "a")
+    assert main(["report", str(tmp_path / "a")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "a/report.html").exists()
+
+
+def test_unreadable_runs_are_skipped_with_a_warning(runs, tmp_path, capsys):
+    for name in "abc":
+        shutil.copytree(runs / name, tmp_path / name)
+    for name in "ac":
+        (tmp_path / name / "metrics.jsonl").write_text("")
+    assert main(["report", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("warning: skipped a run") == 2
+    assert captured.out.count("| train.tsv |") == 1
+    (tmp_path / "b/metrics.jsonl").write_text("")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no evaluation yet" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_without_runs_is_an_error(tmp_path):
+    with pytest.raises(FunnelError, match="contains no run"):
+        find_runs([tmp_path])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_report_of_a_trained_run(kind, tmp_path):
+    """The report reads the format that training writes."""
+    rows = "".join(f"text {i}\t{f'class{i % 13}' if kind == 'classification' else i / 10}\n" for i in range(52))
+    (tmp_path / "train.tsv").write_text("text\tlabel\n" + rows)
+    flags = ("--weights", "none", "--blocks", "1,1", "--epochs", "1", "--batch-size", "8", "--dev-share", "0.5", "--out", "run")
+    training = run_command("train.py", "--data", "train.tsv", *flags, cwd=tmp_path)
+    assert training.returncode == 0, training.stderr
+    run = read_run(tmp_path / "run")
+    assert run.is_finished
+    assert run.task == "train.tsv"
+    assert run.seconds > 0
+    assert run.peak_memory > 1
+    expected = "Most frequent confusions" if kind == "classification" else "Predictions against labels"
+    assert expected in render_page([run])

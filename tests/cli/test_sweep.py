@@ -1,4 +1,4 @@
-"""Many runs from one command: every combination once, done ones skipped, stopped ones resumed."""
+"""`funnel sweep`: plans every combination once, skips finished runs, resumes unfinished ones."""
 
 import json
 import os
@@ -10,77 +10,146 @@ import time
 import pytest
 from conftest import ROOT
 
-from funnel.cli import sweep
 from funnel.cli.main import main
+from funnel.cli.sweep import FINISHED, NEW, STARTED, PlannedRun, SweepArgs, plan_runs, run_state
 from funnel.errors import FunnelError
 
-QUICK = ("--data", "train.tsv", "--weights", "none", "--batch-size", "8")
+TRAIN = ("--script", str(ROOT / "train.py"))
+QUICK = (*TRAIN, "--data", "train.tsv", "--weights", "none", "--batch-size", "8")
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    """The working directory, with a small data set."""
     rows = "".join(f"{word} film {i}\t{label}\n" for i in range(40) for word, label in (("good", 1), ("bad", 0)))
     (tmp_path / "train.tsv").write_text("text\tlabel\n" + rows)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_every_combination_once_seed_after_seed(tmp_path):
-    runs = sweep.plan(tmp_path, ["2,2", "1"], "identity,copy", "1e-5,2e-5", 2, ["--epochs", "1"])
+# --- planning ---------------------------------------------------------------------------------------------------------
+
+
+def test_plans_every_combination_once_ordered_by_seed(tmp_path):
+    args = SweepArgs(tmp_path, ["2,2", "1"], ["identity", "copy"], ["1e-5", "2e-5"], 2, ["--epochs", "1"])
+    runs = plan_runs(args)
     assert len({run.folder for run in runs}) == len({tuple(run.arguments) for run in runs}) == 16
     assert runs[0].folder.name == "2-2_identity_1e-5_seed0"
     assert runs[0].arguments == ["--blocks", "2,2", "--init", "identity", "--lr", "1e-5", "--seed", "0", "--epochs", "1"]
     assert [run.folder.name[-1] for run in runs] == ["0"] * 8 + ["1"] * 8
-    assert len(sweep.plan(tmp_path, None, None, "2e-4,0.0002,1e-4", 1, [])) == 2
-    assert sweep.plan(tmp_path, None, None, None, 1, []) == [(tmp_path / "seed0", ["--seed", "0"])]
+
+
+def test_plans_equal_values_once(tmp_path):
+    assert len(plan_runs(SweepArgs(tmp_path, learning_rates=["2e-4", "0.0002", "1e-4"]))) == 2
+    assert len(plan_runs(SweepArgs(tmp_path, blocks=["2,2", "2,2"]))) == 1
+
+
+def test_plans_one_run_with_default_settings(tmp_path):
+    assert plan_runs(SweepArgs(tmp_path)) == [PlannedRun(tmp_path / "seed0", ["--seed", "0"])]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("values", "message"),
     [
-        ((["2,x"], None, None, 1, []), "'x' is no block"),
-        ((None, "identity,other", None, 1, []), "'other'"),
-        ((None, None, "1e-5,fast", 1, []), "'fast'"),
-        ((None, None, None, 0, []), "--seeds 0"),
-        ((None, None, None, 1, ["--seed", "3"]), "--seed: is set"),
-        ((None, None, None, 1, ["--out=x"]), "--out: is set"),
+        ({"blocks": ["2,x"]}, "2,x"),
+        ({"inits": ["identity", "other"]}, "invalid --init 'other'"),
+        ({"learning_rates": ["1e-5", "fast"]}, "invalid --lr 'fast'"),
+        ({"n_seeds": 0}, "invalid --seeds 0"),
+        ({"train_arguments": ["--seed", "3"]}, "--seed is set by the sweep"),
+        ({"train_arguments": ["--out=x"]}, "--out is set by the sweep"),
     ],
 )
-def test_mistakes_are_found_before_anything_runs(arguments, words, tmp_path):
-    with pytest.raises(FunnelError, match=words):
-        sweep.plan(tmp_path, *arguments)
+def test_invalid_arguments_are_rejected_before_training(values, message, tmp_path):
+    with pytest.raises(FunnelError, match=message):
+        plan_runs(SweepArgs(tmp_path, **values))
 
 
-def test_done_runs_are_skipped_and_others_get_a_folder_of_their_own(folder, capfd):
+def test_seed_is_not_an_abbreviation_of_seeds(folder, capsys):
+    (folder / "train.py").write_text("raise SystemExit(1)")
+    assert main(["sweep", "--seed", "3", "--out", "s"]) == 2
+    assert "--seed is set by the sweep" in capsys.readouterr().err
+
+
+def test_a_missing_script_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep"]) == 2
+    assert "--script train.py: no such file" in capsys.readouterr().err
+    assert main(["sweep", "--script", "my/train.py"]) == 2
+    assert "--script my/train.py: no such file" in capsys.readouterr().err
+
+
+# --- state of a run ---------------------------------------------------------------------------------------------------
+
+
+def record(run: PlannedRun, command: list[str]) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "run.json").write_text(json.dumps({"version": 2, "command": " ".join(command), "settings": {}}))
+
+
+def test_state_of_a_run(tmp_path, monkeypatch):
+    run = PlannedRun(tmp_path / "run", ["--seed", "0", "--epochs", "1"])
+    command = ["python", "/some/train.py", *run.arguments, "--out", str(run.folder)]
+    assert run_state(run, ROOT / "train.py") == NEW
+    record(run, command)
+    assert run_state(run, ROOT / "train.py") == STARTED  # not evaluated yet
+    for is_finished, expected in ((True, FINISHED), (False, STARTED)):
+        monkeypatch.setattr("funnel.analysis.runs.read_run", lambda _, it=is_finished: type("Run", (), {"is_finished": it}))
+        assert run_state(run, ROOT / "train.py") == expected
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["python", "train.py", "--seed", "1", "--epochs", "1", "--out", "{}"],
+        ["python", "train.py", "--lr", "1", "--seed", "0", "--epochs", "1", "--out", "{}"],
+        ["python", "other.py", "--seed", "0", "--epochs", "1", "--out", "{}"],
+        ["--seed", "0", "--epochs", "1", "--out", "{}"],
+        [],
+    ],
+)
+def test_a_folder_with_another_run_is_an_error(command, tmp_path):
+    run = PlannedRun(tmp_path / "run", ["--seed", "0", "--epochs", "1"])
+    record(run, [argument.format(run.folder) for argument in command])
+    with pytest.raises(FunnelError, match="has a run with different arguments"):
+        run_state(run, ROOT / "train.py")
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_finished_runs_are_skipped_and_new_seeds_are_added(folder, capfd):
     pytest.importorskip("jinja2", reason="needs the extra report")
     arguments = ["sweep", "--out", "s", "--blocks", "1,1", "--blocks", "1", *QUICK, "--epochs", "0.5"]
     assert main(arguments) == 0
-    out = capfd.readouterr().out
-    assert "2 runs in s, 0 of them done" in out
-    assert "| train.tsv | 1,1 | identity |" in out
-    before = {path: path.stat().st_mtime_ns for path in (folder / "s").rglob("metrics.jsonl")}
-    assert len(before) == 2
+    output = capfd.readouterr().out
+    assert "2 runs in s, 0 of them finished" in output
+    assert "| train.tsv | 1,1 | identity |" in output
+    logs = {path: path.stat().st_mtime_ns for path in (folder / "s").rglob("metrics.jsonl")}
+    assert len(logs) == 2
     assert main([*arguments, "--seeds", "2"]) == 0
-    assert "4 runs in s, 2 of them done" in capfd.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert "4 runs in s, 2 of them finished" in capfd.readouterr().out
+    assert logs == {path: path.stat().st_mtime_ns for path in logs}
     assert main([*arguments[:-1], "0.6"]) == 2
-    assert "other arguments" in capfd.readouterr().err
+    assert "different arguments" in capfd.readouterr().err
 
 
-def test_a_run_that_fails_does_not_keep_others_from_theirs(folder, capfd):
+@pytest.mark.slow
+def test_a_failed_run_does_not_stop_the_others(folder, capfd):
     pytest.importorskip("jinja2", reason="needs the extra report")
     (folder / "s").mkdir()
-    (folder / "s/1_seed0").write_text("in the way")
+    (folder / "s/1_seed0").write_text("a file where the run's folder should be")
     assert main(["sweep", "--out", "s", "--blocks", "1", "--blocks", "1,1", *QUICK, "--epochs", "0.2"]) == 2
-    found = capfd.readouterr()
-    assert "1 of 2 runs failed: 1_seed0" in found.err
-    assert "wrote" in found.out
+    captured = capfd.readouterr()
+    assert "1 of 2 runs failed: 1_seed0" in captured.err
+    assert "wrote" in captured.out
 
 
-def test_a_signal_saves_the_run_and_the_same_command_goes_on(folder):
+@pytest.mark.slow
+def test_an_interrupted_sweep_saves_its_run_and_continues(folder):
     pytest.importorskip("jinja2", reason="needs the extra report")
-    command = [sys.executable, "-m", "funnel", "sweep", "--out", "s", "--blocks", "1,1", *QUICK, "--epochs", "60"]
-    command += ["--eval-every", "5", "--save-every", "1000"]
+    command = [sys.executable, "-m", "funnel", "sweep", "--out", "s", "--blocks", "1,1", *QUICK, "--epochs", "20"]
+    command += ["--eval-every", "20", "--save-every", "1000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     log = folder / "s/1-1_seed0/metrics.jsonl"
@@ -91,16 +160,12 @@ def test_a_signal_saves_the_run_and_the_same_command_goes_on(folder):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, error
     assert "Traceback" not in error
+    assert "rerun the same command to continue" in error
     assert (folder / "s/1-1_seed0/last/training_state.pt").is_file()
-    stopped = len(log.read_text().splitlines())
+    n_lines = len(log.read_text().splitlines())
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "resumed at step" in done.stdout
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(lines) > stopped
+    assert len(lines) > n_lines
     assert len({(line["step"], line["split"]) for line in lines}) == len(lines)
-
-
-def test_a_seed_is_not_taken_for_the_number_of_seeds(tmp_path, capsys):
-    assert main(["sweep", "--seed", "3", "--out", str(tmp_path / "out")]) == 2
-    assert "--seed: is set by the sweep itself" in capsys.readouterr().err

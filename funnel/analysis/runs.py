@@ -1,0 +1,212 @@
+"""Reads finished and unfinished runs: settings, log, best checkpoint, error analysis, cost."""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from funnel.data.tasks import CUSTOM
+from funnel.errors import FunnelError, error_reason
+from funnel.io import existing_folder, os_errors, read_json
+from funnel.model.checkpoint import load_config
+from funnel.model.config import FunnelConfig
+from funnel.model.flops import ModuleCost, count_parameters, module_costs, total_flops
+from funnel.training.error_analysis import EVALUATION_FILE
+
+MAX_CONFUSIONS = 20
+SEED_DEPENDENT = ("seed", "train_examples", "dev_examples", "mean_tokens")  # settings that differ between repetitions
+
+
+@dataclass
+class Run:
+    """The contents of a run's folder.
+
+    Attributes:
+        folder: the run's folder.
+        command: the command that started the run.
+        settings: from run.json.
+        log: lines of metrics.jsonl.
+        evaluation: error analysis of the best checkpoint (`analyze_errors`); empty if there is none.
+        config: config of the best checkpoint.
+    """
+
+    folder: Path
+    command: str
+    settings: dict[str, Any]
+    log: list[dict[str, Any]]
+    evaluation: dict[str, Any]
+    config: FunnelConfig
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def task(self) -> str:
+        """The task's name, or the data file's for a custom task."""
+        name = str(self.settings["task"])
+        return Path(str(self.settings.get("data"))).name if name == CUSTOM else name
+
+    @cached_property
+    def dev_log(self) -> list[dict[str, Any]]:
+        """Evaluations on dev."""
+        return [line for line in self.log if line.get("split") == "dev"]
+
+    @cached_property
+    def train_log(self) -> list[dict[str, Any]]:
+        return [line for line in self.log if line.get("split") == "train"]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the task's metrics; the first one selects the best checkpoint."""
+        return [name for name in self.dev_log[-1] if name not in ("step", "split", "loss")]
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The last evaluation on dev."""
+        return self.dev_log[-1]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The best evaluation on dev."""
+        return max(self.dev_log, key=lambda line: to_number(line.get(self.metrics[0])))
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.final["step"] >= self.settings["steps"])
+
+    @property
+    def seconds(self) -> float:
+        """Training time without evaluations and interruptions; NaN if unknown."""
+        rates = [line["examples_per_second"] for line in self.train_log if line.get("examples_per_second")]
+        return float(self.final["step"] * self.settings["batch_size"] / statistics.median(rates)) if rates else math.nan
+
+    @property
+    def peak_memory(self) -> float:
+        """Peak memory in MiB; -inf if unknown."""
+        return max((to_number(line.get("memory_mib")) for line in self.train_log), default=-math.inf)
+
+    @property
+    def length(self) -> int:
+        """Mean number of tokens per example."""
+        return max(1, round(self.settings.get("mean_tokens") or self.settings["max_length"]))
+
+    @cached_property
+    def flops(self) -> int:
+        """FLOPs of a forward pass for an example of mean length."""
+        return total_flops(self.config, self.length, self.settings["batch_size"])
+
+    @cached_property
+    def blocks(self) -> list[ModuleCost]:
+        """The cost of each block."""
+        return [module for module in module_costs(self.config, self.length, self.settings["batch_size"]) if module.layers]
+
+    @cached_property
+    def flops_ratio(self) -> float:
+        """FLOPs relative to a model with the same number of layers and no pooling."""
+        unpooled = self.config.replace(blocks=str(sum(block.runs for block in self.blocks)))
+        return self.flops / total_flops(unpooled, self.length, self.settings["batch_size"])
+
+    @cached_property
+    def n_parameters(self) -> int:
+        return count_parameters(self.config)
+
+    @property
+    def confusions(self) -> list[tuple[int, str, str]]:
+        """The most frequent kinds of errors: count, label, prediction."""
+        labels, matrix = self.evaluation["labels"], self.evaluation["confusion"]
+        pairs = itertools.permutations(range(len(labels)), 2)
+        confusions = [(matrix[i][j], labels[i], labels[j]) for i, j in pairs if matrix[i][j]]
+        return sorted(confusions, key=lambda confusion: -confusion[0])[:MAX_CONFUSIONS]
+
+    def summary(self) -> list[tuple[str, str]]:
+        """The run's main figures: description and formatted value."""
+        metric, best = self.metrics[0], self.best
+        figures = [(f"final dev {name}, %", format_percent(self.final.get(name))) for name in self.metrics]
+        figures += [
+            (f"best dev {metric}, % (step {best['step']:,})", format_percent(best.get(metric))),
+            ("training time, minutes", f"{self.seconds / 60:.1f}"),
+            ("parameters", f"{self.n_parameters / 1e6:.3g} M"),
+            (f"FLOPs of a forward pass ({self.length} tokens)", f"{self.flops / 1e6:.3g} M"),
+            ("of the FLOPs without pooling", f"{self.flops_ratio:.0%}"),
+        ]
+        if math.isfinite(self.peak_memory):
+            figures.append(("peak memory", f"{self.peak_memory / 1024:.1f} GiB"))
+        return figures
+
+
+def to_number(value: Any) -> float:
+    """A logged value; -inf if it is missing or not finite (null in the log)."""
+    return value if isinstance(value, int | float) and not math.isnan(value) else -math.inf
+
+
+def format_percent(value: Any) -> str:
+    """85.2 for 0.852."""
+    return f"{value * 100:.1f}" if math.isfinite(to_number(value)) else "not finite"
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The folders of runs among `paths` and directly inside them.
+
+    Raises:
+        FunnelError: a path neither is a run's folder nor contains one.
+    """
+    folders = []
+    for path in paths:
+        found = [path] if (path / "run.json").is_file() else sorted(record.parent for record in path.glob("*/run.json"))
+        if not found:
+            raise FunnelError(f"{path}: contains no run (expected a run.json in it or in one of its subfolders)")
+        folders += found
+    return list(dict.fromkeys(folder.resolve() for folder in folders))
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+        FunnelError: a file is missing or damaged, or the run has no evaluation yet.
+    """
+    record, best = read_json(folder / "run.json"), existing_folder(folder / "best")
+    with os_errors(folder / "metrics.jsonl"):
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    log = [line for line in map(_parse_log_line, lines) if line]
+    if not any(line["split"] == "dev" for line in log):
+        raise FunnelError(f"{folder}: no evaluation yet; wait for the run's first one")
+    evaluation = read_json(best / EVALUATION_FILE) if (best / EVALUATION_FILE).is_file() else {}
+    config = load_config(best)
+    try:
+        run = Run(folder, str(record["command"]), dict(record["settings"]), log, evaluation, config)
+        run.summary()  # fails if any of the values above has the wrong type
+    except FunnelError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
+        raise FunnelError(f"{folder}: files are damaged or from another version ({error_reason(error)})") from None
+    return run
+
+
+def _parse_log_line(line: str) -> dict[str, Any] | None:
+    """None for the incomplete last line of a run that was killed."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and {"step", "split"} <= values.keys() else None
+
+
+def group_by_settings(runs: Sequence[Run]) -> list[list[Run]]:
+    """Groups runs that differ only in their seed. A second run with the same seed starts a new group."""
+    groups: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        settings = {name: value for name, value in run.settings.items() if name not in SEED_DEPENDENT}
+        key = json.dumps(settings, sort_keys=True)
+        for copy in itertools.count():
+            group = groups.setdefault((key, copy), [])
+            if all(other.settings["seed"] != run.settings["seed"] for other in group):
+                group.append(run)
+                break
+    return list(groups.values())
