@@ -1,1 +1,1 @@
-"""The figures in README, each by one command."""
+"""Benchmarks and studies that produce the figures in README and docs/."""

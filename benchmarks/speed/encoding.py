@@ -1,16 +1,15 @@
-"""How fast a large file of texts is read and encoded, and in how much memory.
+"""Time and peak memory of reading and tokenizing a large file.
 
-    python -m benchmarks.encoding --rows 1000000 [--words 80] [--weights DIR]
+    python -m benchmarks.speed.encoding --rows 1000000 [--words 80] [--weights DIR]
 
-Writes a csv file of made-up reviews, encodes it as train.py does (in a process of its own, whose peak memory counts), and
-opens it once more from the cache. Without --weights the vocabulary is the demo task's, which spells most words.
+Writes a csv file of generated reviews, encodes it as train.py does, in a separate process, and opens it again from the cache.
+Without --weights, the tokenizer is that of the demo task. Linux only.
 """
 
 import argparse
 import csv
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,64 +19,73 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.speed.compare import device_name, resident
+from benchmarks.speed.measure import device_name, process_memory
 from funnel.data import demo
-from funnel.data.dataset import encode
+from funnel.data.dataset import encode_examples
 from funnel.data.files import ExampleFile
 from funnel.data.tokenizer import FunnelTokenizer
 
+MAX_LENGTH = 512
 
-def make_file(path: Path, rows: int, words: int) -> None:
-    """Reviews of about `words` words, quoted as Zhang et al.'s are, as a generator writes them."""
-    dice = np.random.default_rng(0)
+
+def write_reviews(path: Path, num_rows: int, mean_words: int) -> None:
+    """Writes a csv file with class, title and text, every field quoted, as in the data sets of Zhang et al. (2015)."""
+    random = np.random.default_rng(0)
     vocabulary = sorted({word for text in demo.examples()[0].texts for word in text.split()})
     with path.open("w", newline="") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-        for start in range(0, rows, 1000):
-            lengths = dice.poisson(words, min(1000, rows - start))
-            drawn = iter(dice.integers(0, len(vocabulary), int(lengths.sum())))
+        for start in range(0, num_rows, 1000):
+            lengths = random.poisson(mean_words, min(1000, num_rows - start))
+            words = iter(random.integers(0, len(vocabulary), int(lengths.sum())))
             for row, length in enumerate(lengths):
-                writer.writerow(
-                    [row % 2 + 1, f'a "title", {start + row}', " ".join(vocabulary[next(drawn)] for _ in range(length))]
-                )
+                text = " ".join(vocabulary[next(words)] for _ in range(length))
+                writer.writerow([row % 2 + 1, f'a "title", {start + row}', text])
 
 
 def measure(path: Path, weights: str | None) -> dict[str, float]:
-    """Seconds and peak memory of encoding, over what the process held before; and seconds of opening it again."""
-    tokenizer = FunnelTokenizer.load(Path(weights)) if weights else FunnelTokenizer.train(demo.examples()[0].texts)
+    """Encodes a file twice; returns the seconds of both calls, numbers of rows and tokens, and the growth of peak memory."""
+    tokenizer = FunnelTokenizer.load(weights) if weights else FunnelTokenizer.train(demo.examples()[0].texts)
     source = ExampleFile(path, (1, 2), 0, joined=True, escaped=True)
-    before, result = resident("VmRSS"), {}
-    for name in ("first", "again"):
+    memory_before = process_memory("VmRSS")
+    seconds = []
+    for _ in range(2):
         started = time.perf_counter()
-        dataset = encode(source, {"1": 0, "2": 1}, tokenizer, 512)
-        result[name] = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return result | {"rows": len(dataset), "tokens": int(dataset.lengths.sum()), "peak": peak - before}
+        dataset = encode_examples(source, {"1": 0, "2": 1}, tokenizer, MAX_LENGTH)
+        seconds.append(time.perf_counter() - started)
+    return {
+        "encoding": seconds[0],
+        "opening": seconds[1],
+        "rows": len(dataset),
+        "tokens": int(dataset.lengths.sum()),
+        "memory": process_memory("VmHWM") - memory_before,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--words", type=int, default=80, help="in a text, on average (default: %(default)s)")
+    parser.add_argument("--words", type=int, default=80, help="mean number of words per text (default: %(default)s)")
     parser.add_argument("--weights", help="checkpoint folder with a tokenizer")
-    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)  # measure this file, in this process
     args = parser.parse_args()
     if args.file:
         print(json.dumps(measure(args.file, args.weights)))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.csv"
-        make_file(path, args.rows, args.words)
-        command = [sys.executable, "-m", "benchmarks.encoding", "--file", str(path)]
+        write_reviews(path, args.rows, args.words)
+        command = [sys.executable, "-m", "benchmarks.speed.encoding", "--file", str(path)]
         command += ["--weights", args.weights] if args.weights else []
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "FUNNEL_CACHE": folder})
-        found, size = json.loads(done.stdout), path.stat().st_size
-    print(f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores\n\n| | |\n|---|---|")
-    print(f"| file | {found['rows']:,} rows, {found['tokens']:,} tokens, {size / 2**20:,.0f} MiB |")
-    print(f"| read and encoded | {found['first']:.0f} s, {found['rows'] / found['first']:,.0f} rows a second |")
-    print(f"| opened from the cache | {found['again']:.1f} s (the file's checksum) |")
-    print(f"| ids on disk | {found['tokens'] * 2 / 2**20:,.0f} MiB |")
-    print(f"| peak memory | {found['peak'] / 2**20:,.0f} MiB over what the process held before |")
+        environment = {**os.environ, "FUNNEL_CACHE": folder}
+        process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+        result, file_size = json.loads(process.stdout), path.stat().st_size
+    rows, tokens, seconds = result["rows"], result["tokens"], result["encoding"]
+    print(f"{device_name(torch.device('cpu'))}\n\n| | |\n|---|---|")
+    print(f"| file | {rows:,} rows, {tokens:,} tokens, {file_size / 2**20:,.0f} MiB |")
+    print(f"| reading and encoding | {seconds:.0f} s, {rows / seconds:,.0f} rows per second |")
+    print(f"| opening from the cache | {result['opening']:.1f} s (checksum of the file) |")
+    print(f"| token ids on disk | {tokens * 2 / 2**20:,.0f} MiB |")
+    print(f"| peak memory | {result['memory'] / 2**20:,.0f} MiB above the initial size of the process |")
 
 
 if __name__ == "__main__":

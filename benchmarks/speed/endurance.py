@@ -1,19 +1,56 @@
-"""Does a long run grow? Memory and open files of a run of train.py, from its first steps to its last.
+"""Checks a long run of train.py for leaks: memory and open files over time.
 
-    python -m benchmarks.endurance --steps 5000
+    python -m benchmarks.speed.endurance --steps 5000
 
-The run is one of the demo task, with evaluations and checkpoints on the way. Reads /proc, so it needs Linux.
+Trains on the demo task, with an evaluation and a checkpoint every 100 steps. Linux only (reads /proc).
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent.parent
+TRAIN_SCRIPT = Path(__file__).parents[2] / "train.py"
+NUM_EXAMPLES = 24000  # of the demo task's training set
+TABLE_ROWS = 12
+
+
+class Sample(NamedTuple):
+    """The state of a running process."""
+
+    step: int
+    memory: int  # bytes
+    open_files: int
+
+
+def monitor(process: subprocess.Popen[bytes], log: Path) -> list[Sample]:
+    """Samples a run's process at each new step in its metrics.jsonl, until the process ends."""
+    samples: list[Sample] = []
+    proc = Path("/proc") / str(process.pid)
+    while process.poll() is None:
+        time.sleep(0.2)
+        step = last_step(log)
+        if step <= (samples[-1].step if samples else 0):
+            continue
+        try:
+            memory = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            samples.append(Sample(step, memory, len(list((proc / "fd").iterdir()))))
+        except OSError:  # the process has just ended
+            break
+    return samples
+
+
+def last_step(log: Path) -> int:
+    """The last step in metrics.jsonl, or 0."""
+    try:
+        return int(json.loads(log.read_text().splitlines()[-1])["step"])
+    except (OSError, ValueError, IndexError, KeyError):
+        return 0
 
 
 def main() -> None:
@@ -22,35 +59,22 @@ def main() -> None:
     parser.add_argument("--blocks", default="2,2,2")
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
+    epochs = args.steps * args.batch_size / NUM_EXAMPLES
+    command = [sys.executable, str(TRAIN_SCRIPT), "--blocks", args.blocks, "--batch-size", str(args.batch_size)]
+    command += ["--epochs", str(epochs), "--eval-every", "100"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        command = [sys.executable, str(ROOT / "train.py"), "--blocks", args.blocks, "--batch-size", str(args.batch_size)]
-        command += ["--epochs", str(args.steps * args.batch_size / 24000), "--eval-every", "100", "--out", str(out)]
-        samples: list[tuple[int, int, int]] = []  # step, bytes, open files
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
-            while run.poll() is None:
-                time.sleep(0.2)
-                if (step := last_step(out / "metrics.jsonl")) > (samples[-1][0] if samples else 0):
-                    proc = Path("/proc") / str(run.pid)
-                    try:
-                        resident = int((proc / "statm").read_text().split()[1]) * 4096
-                        samples.append((step, resident, len(list((proc / "fd").iterdir()))))
-                    except OSError:  # it has just ended
-                        break
+        with subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL) as process:
+            samples = monitor(process, out / "metrics.jsonl")
+    if process.returncode or not samples:
+        sys.exit(process.returncode or "the run was too short to be sampled")
     print("| step | memory, MiB | open files |\n|---|---|---|")
-    for step, resident, files in samples[:: max(1, len(samples) // 12)] + samples[-1:]:
-        print(f"| {step:,} | {resident / 2**20:.1f} | {files} |")
-    fifth, end = next(s for s in samples if s[0] >= samples[-1][0] / 5), samples[-1]
-    print(f"\nfrom step {fifth[0]:,} to {end[0]:,}: {(end[1] - fifth[1]) / 2**20:+.1f} MiB, {end[2] - fifth[2]:+d} open files")
-    sys.exit(run.returncode)
-
-
-def last_step(log: Path) -> int:
-    """The newest step in metrics.jsonl; 0 where there is none."""
-    try:
-        return int(json.loads(log.read_text().splitlines()[-1])["step"])
-    except (OSError, ValueError, IndexError, KeyError):
-        return 0
+    for sample in samples[:: max(1, len(samples) // TABLE_ROWS)] + samples[-1:]:
+        print(f"| {sample.step:,} | {sample.memory / 2**20:.1f} | {sample.open_files} |")
+    last = samples[-1]
+    first = next(sample for sample in samples if sample.step >= last.step / 5)  # after warm-up: every code path has run
+    growth = (last.memory - first.memory) / 2**20
+    print(f"\nfrom step {first.step:,} to {last.step:,}: {growth:+.1f} MiB, {last.open_files - first.open_files:+d} open files")
 
 
 if __name__ == "__main__":

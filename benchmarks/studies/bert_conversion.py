@@ -1,93 +1,135 @@
-"""How near a converted BERT is to the BERT that it was, before any training: [cls] of the last layer, on real texts.
+"""Distance between a converted BERT and the original before training: compares the final [CLS] state on real texts.
 
-    python -m benchmarks.conversion --data GLUE --source MINILM
+    python -m benchmarks.studies.bert_conversion --data GLUE --source MINILM
 
-Prints two Markdown tables. The first has |ours - theirs| / |theirs|, both without their mean over texts, since what all texts
-have in common tells none apart. The second tells whether word order means the same: two neighbouring tokens of every text
-are swapped, and the change of [cls] is compared with BERT's: the mean cosine, and the ratio of their mean lengths. "6" is the
-whole BERT without pooling: what lacks there is due to its positions alone.
+Prints two Markdown tables.
+
+1. |funnel - bert| / |bert|, where both are centered by subtracting their mean over texts.
+2. Sensitivity to word order: two neighboring tokens of each text are swapped, and the change of [CLS] is compared with the
+   change in BERT (mean cosine similarity, ratio of mean norms).
+
+The layout with all layers in one block is the whole BERT without pooling, so its row isolates the effect of positions.
 """
 
 import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from funnel.data.dataset import Batch, encode
+from funnel.data.dataset import Batch, Dataset, encode_examples
 from funnel.data.tasks import get_task, locate_files
+from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.weights.build import build_classifier
-from funnel.weights.load import read_config
+from funnel.weights.build import WeightsArgs, build_classifier
+from funnel.weights.load import read_source_config
+
+LAYOUTS = ("6", "5,1", "4,2", "3,3", "3,2,1", "2,2,2")
+BATCH_SIZE = 32
+ClsFunction = Callable[..., Tensor]  # input_ids, attention_mask, token_type_ids -> [b, d]
 
 
-def swapped(batch: Batch, generator: torch.Generator) -> Batch:
-    """The batch with two neighbouring tokens of the first text of each row swapped, where it has two that differ."""
-    ids = batch.input_ids.clone()
-    firsts = (batch.token_type_ids == 0) & batch.attention_mask.bool()  # behind [cls]; the last one is [sep]
-    for row, sep in enumerate(firsts.sum(1).tolist()):
-        differ = (ids[row, 1 : sep - 1] != ids[row, 2:sep]).nonzero()[:, 0] + 1
-        if len(differ):
-            i = int(differ[torch.randint(len(differ), (1,), generator=generator)])
-            ids[row, i], ids[row, i + 1] = batch.input_ids[row, i + 1], batch.input_ids[row, i]
-    return batch._replace(input_ids=ids)
+class ClsStates(NamedTuple):
+    """[CLS] of some texts, and its change when two tokens are swapped; [texts, d] each."""
+
+    states: Tensor
+    changes: Tensor
+
+
+def bert_cls(bert: Any, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+    """BERT's [CLS] after the last layer, [b, d]."""
+    bert_types = token_type_ids.masked_fill(token_type_ids == 2, 0)  # BERT has no separate type for [CLS]
+    states: Tensor = bert(input_ids, attention_mask, bert_types).last_hidden_state
+    return states[:, 0]
+
+
+def funnel_cls(
+    model: FunnelForSequenceClassification, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
+) -> Tensor:
+    """Funnel's [CLS] after the last layer, [b, d]."""
+    states, _ = model.encode(input_ids, attention_mask, token_type_ids)
+    return states[-1][:, 0]
 
 
 @torch.no_grad()
+def cls_states(batches: list[Batch], cls_function: ClsFunction) -> ClsStates:
+    """Runs a model on texts as they are, and with two tokens swapped; all models get the same swaps."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.cat([cls_function(**batch.inputs) for batch in batches])
+    swapped = torch.cat([cls_function(**{**batch.inputs, "input_ids": swap_tokens(batch, generator)}) for batch in batches])
+    return ClsStates(states, swapped - states)
+
+
+def swap_tokens(batch: Batch, generator: torch.Generator) -> Tensor:
+    """Swaps two different neighboring tokens in the first text of each row, where it has such tokens. [b, l]."""
+    ids = batch.input_ids.clone()
+    is_first_text = (batch.token_type_ids == 0) & batch.attention_mask.bool()  # [CLS] has type 2; the last one is [SEP]
+    for row, sep in enumerate(is_first_text.sum(1).tolist()):
+        candidates = (ids[row, 1 : sep - 1] != ids[row, 2:sep]).nonzero()[:, 0] + 1
+        if len(candidates):
+            i = int(candidates[torch.randint(len(candidates), (1,), generator=generator)])
+            ids[row, [i, i + 1]] = ids[row, [i + 1, i]]
+    return ids
+
+
+def distance(funnel: ClsStates, bert: ClsStates) -> str:
+    """The table cell of the distance of the states."""
+    centered = bert.states - bert.states.mean(0)
+    difference = funnel.states - funnel.states.mean(0) - centered
+    return f"{float(difference.norm() / centered.norm()):.2f}"
+
+
+def order_effect(funnel: ClsStates, bert: ClsStates) -> str:
+    """The table cell that compares the changes caused by swaps: cosine similarity, ratio of norms."""
+    has_changed = bert.changes.norm(dim=1) > 0
+    cosine = torch.cosine_similarity(funnel.changes[has_changed], bert.changes[has_changed], dim=1).mean()
+    ratio = funnel.changes.norm(dim=1).mean() / bert.changes.norm(dim=1).mean()
+    return f"{float(cosine):.2f}, {float(ratio):.2f}"
+
+
+def load_dev_set(task_name: str, data: Path, tokenizer: FunnelTokenizer, num_texts: int) -> Dataset:
+    """The first texts of a task's dev set."""
+    task = locate_files(get_task(task_name), data)
+    dataset = encode_examples(task.files["dev"], task.label_ids, tokenizer, task.max_length)
+    return dataset.subset(np.arange(min(num_texts, len(dataset))))
+
+
 def main() -> None:
     import transformers
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with a folder a task, as CoLA and SST-2")
-    parser.add_argument("--source", type=Path, required=True, help="folder of a BERT as transformers saves it")
+    parser.add_argument("--data", type=Path, required=True, help="folder with a folder per task, such as CoLA and SST-2")
+    parser.add_argument("--source", type=Path, required=True, help="folder of a BERT in transformers' format")
     parser.add_argument("--tasks", nargs="+", default=["cola", "sst2", "stsb", "rte"])
-    parser.add_argument("--layouts", nargs="+", default=["6", "5,1", "4,2", "3,3", "3,2,1", "2,2,2"])
-    parser.add_argument("--texts", type=int, default=256, help="of each task's dev set (default: %(default)s)")
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
+    parser.add_argument("--texts", type=int, default=256, help="number of dev texts per task (default: %(default)s)")
     args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
     bert = transformers.BertModel.from_pretrained(args.source, add_pooling_layer=False).eval()
+    tokenizer = FunnelTokenizer.load(args.source)
+    dev_sets = {name: load_dev_set(name, args.data, tokenizer, args.texts) for name in args.tasks}
+    batches = {
+        name: [dataset.batch(rows) for rows in np.split(np.arange(len(dataset)), range(BATCH_SIZE, len(dataset), BATCH_SIZE))]
+        for name, dataset in dev_sets.items()
+    }
+    bert_states = {name: cls_states(batches[name], partial(bert_cls, bert)) for name in args.tasks}
 
-    def of_bert(part: Batch) -> Tensor:
-        types = part.token_type_ids * (part.token_type_ids == 1)  # BERT has no type of its own for [cls]
-        states: Tensor = bert(part.input_ids, part.attention_mask, types).last_hidden_state
-        return states[:, 0]
-
-    def of_ours(model: FunnelForSequenceClassification, part: Batch) -> Tensor:
-        states, _ = model.encode(part.input_ids, part.attention_mask, part.token_type_ids)
-        return states[-1][:, 0]
-
-    def both(parts: list[Batch], cls_of: Callable[[Batch], Tensor]) -> tuple[Tensor, Tensor]:
-        """[cls] of the texts, and its change where tokens are swapped. [texts, d] each."""
-        generator = torch.Generator().manual_seed(0)
-        plain = torch.cat([cls_of(part) for part in parts])
-        return plain, torch.cat([cls_of(swapped(part, generator)) for part in parts]) - plain
-
-    batches, expected, heads = [], [], []
-    tokenizer = build_classifier(str(args.source), ["no", "yes"], "1").tokenizer
-    for name in args.tasks:
-        task = locate_files(get_task(name), args.data)
-        dataset = encode(task.files["dev"], task.label_ids, tokenizer, task.max_length)
-        parts = [dataset.batch(index) for index in torch.arange(min(args.texts, len(dataset))).split(32)]
-        batches.append(parts)
-        expected.append(both(parts, of_bert))
-        heads.append(f"{name} ({dataset.lengths[: args.texts].mean():.0f} tokens)")
-    print(f"{read_config(args.source).layout} is what conversion makes of it\n")
-    head = f"| layout | {' | '.join(heads)} |\n|---{'|---' * len(heads)}|"
-    print(head)
-    orders = [head]
+    print(f"default layout after conversion: {read_source_config(args.source).layout}\n")
+    columns = [f"{name} ({dataset.lengths.mean():.0f} tokens)" for name, dataset in dev_sets.items()]
+    header = f"| layout | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|"
+    print(header)
+    order_rows = []
     for blocks in args.layouts:
-        model = build_classifier(str(args.source), ["no", "yes"], blocks).model
-        near, order = [], []
-        for parts, (theirs, their_change) in zip(batches, expected, strict=True):
-            ours, change = both(parts, partial(of_ours, model))
-            theirs, moved = theirs - theirs.mean(0), their_change.norm(dim=1) > 0
-            near.append(f"{float((ours - ours.mean(0) - theirs).norm() / theirs.norm()):.2f}")
-            cosine = torch.cosine_similarity(change[moved], their_change[moved], dim=1).mean()
-            order.append(f"{float(cosine):.2f}, {float(change.norm(dim=1).mean() / their_change.norm(dim=1).mean()):.2f}")
-        print(f"| {blocks} | {' | '.join(near)} |", flush=True)
-        orders.append(f"| {blocks} | {' | '.join(order)} |")
-    print("", *orders, sep="\n")
+        model = build_classifier(WeightsArgs(str(args.source), blocks), ["no", "yes"]).model
+        states = {name: cls_states(batches[name], partial(funnel_cls, model)) for name in args.tasks}
+        pairs = [(states[name], bert_states[name]) for name in args.tasks]
+        print(f"| {blocks} | {' | '.join(distance(*pair) for pair in pairs)} |", flush=True)
+        order_rows.append(f"| {blocks} | {' | '.join(order_effect(*pair) for pair in pairs)} |")
+    print("", header, *order_rows, sep="\n")
 
 
 if __name__ == "__main__":

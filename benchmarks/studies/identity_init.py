@@ -1,8 +1,8 @@
-"""How near a model of another layout is to its source before any training: [cls] of the last layer, on real texts.
+"""Distance between a new layout and its source before training: compares the final [CLS] state on real texts.
 
-    python -m benchmarks.preservation --data GLUE/SST-2 --weights weights/minilm
+    python -m benchmarks.studies.identity_init --data GLUE/SST-2 --weights weights/minilm
 
-Prints a Markdown table: the mean over texts of |new - old| / |old|, and of the cosine of the two.
+Prints a Markdown table for the inits "identity" and "copy": the mean over texts of |new - old| / |old|, and of the cosine.
 """
 
 import argparse
@@ -12,41 +12,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funnel.data.dataset import encode
-from funnel.data.tasks import get_task, locate_files
-from funnel.weights.build import build_classifier
+from funnel.data.dataset import encode_examples
+from funnel.data.tasks import Task, TaskArgs, load_task
+from funnel.weights.build import WeightsArgs, build_classifier
 
 LAYOUTS = ("3,3,3", "4,4,4", "2,2,2,2", "2,2,2,2,2,2,2", "4,4,4,4,4,4,4", "3,3", "1,1,1,1,1,1", "1,1,1", "2,2")
+
+
+@torch.no_grad()
+def cls_states(weights: WeightsArgs, task: Task, num_texts: int) -> Tensor:
+    """[CLS] of the first dev texts after the last layer, [num_texts, d]."""
+    built = build_classifier(weights, task.label_names)
+    dataset = encode_examples(task.files["dev"], task.label_ids, built.tokenizer, task.max_length)
+    built.calibrate(dataset)
+    batch = dataset.batch(np.arange(num_texts))
+    states, _ = built.model.encode(**batch.inputs, cls_only=True)
+    return states[-1][:, 0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="sst2")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--weights", default="funnel-transformer/small")
+    parser.add_argument("--data", type=Path, help="folder with the task's files (default: download them)")
+    parser.add_argument("--weights", default="funnel-transformer/small", help="hub id or folder (default: %(default)s)")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
-    parser.add_argument("--texts", type=int, default=200)
+    parser.add_argument("--texts", type=int, default=200, help="number of dev texts (default: %(default)s)")
     args = parser.parse_args()
-    task = locate_files(get_task(args.task), args.data)
-
-    @torch.no_grad()
-    def cls_of(blocks: str | None, init: str) -> Tensor:
-        """[texts, d]"""
-        built = build_classifier(args.weights, list(task.labels or ()), blocks, init)
-        data = encode(task.files["dev"], task.label_ids, built.tokenizer, task.max_length)
-        built.fit(data)
-        shown = data.batch(np.arange(args.texts))
-        states, _ = built.model.eval().encode(shown.input_ids, shown.attention_mask, shown.token_type_ids, cls_only=True)
-        return states[-1][:, 0]
-
-    old = cls_of(None, "identity")
+    task = load_task(TaskArgs(args.task, args.data))
+    source = cls_states(WeightsArgs(args.weights), task, args.texts)
     print("| layout | identity: distance | cosine | copy: distance | cosine |\n|---|---|---|---|---|")
     for blocks in args.layouts:
         cells = []
         for init in ("identity", "copy"):
-            new = cls_of(blocks, init)
-            distance = ((new - old).norm(dim=1) / old.norm(dim=1)).mean()
-            cells += [f"{distance:.3f}", f"{torch.cosine_similarity(new, old).mean():.4f}"]
+            new = cls_states(WeightsArgs(args.weights, blocks, init), task, args.texts)
+            distance = ((new - source).norm(dim=1) / source.norm(dim=1)).mean()
+            cells += [f"{distance:.3f}", f"{torch.cosine_similarity(new, source).mean():.4f}"]
         print(f"| {blocks} | {' | '.join(cells)} |", flush=True)
 
 

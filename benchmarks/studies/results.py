@@ -1,28 +1,36 @@
-"""Runs of a benchmark that are kept as they end: a line of a .jsonl file each."""
+"""Runs of a study: starts train.py, and appends the result of each run to a .jsonl file as soon as it ends."""
 
 import json
+import os
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-Key = TypeVar("Key")
+from funnel.io import read_json
+
+Run = TypeVar("Run")
+ROOT = Path(__file__).parents[2]
 
 
-def run_all(run: Callable[[Key], Any], keys: Iterable[Key], jobs: int, path: Path) -> list[Any]:
-    """What `run`, which gives a named tuple, came to for every key, `jobs` of them at a time.
+def run_all(run: Callable[[Run], Any], runs: Iterable[Run], jobs: int, path: Path) -> list[Any]:
+    """Calls `run` for each element of `runs`, `jobs` at a time, and appends each result to a .jsonl file.
 
-    When one fails, or after Ctrl-C, no other one starts; those that are going come to their end and are kept.
+    After a failure or Ctrl-C, no further run starts; those in progress finish and are stored.
+
+    Args:
+        run: returns a NamedTuple.
     """
     lock, stop = threading.Lock(), threading.Event()
 
-    def kept(key: Key) -> Any:
+    def run_and_store(argument: Run) -> Any:
         if stop.is_set():
             return None
         try:
-            result = run(key)
+            result = run(argument)
         except BaseException:
             stop.set()
             raise
@@ -32,8 +40,34 @@ def run_all(run: Callable[[Key], Any], keys: Iterable[Key], jobs: int, path: Pat
         return result
 
     with ThreadPoolExecutor(jobs) as pool:
-        running = [pool.submit(kept, key) for key in keys]
+        futures = [pool.submit(run_and_store, argument) for argument in runs]
         try:
-            return [future.result() for future in as_completed(running)]
+            return [future.result() for future in as_completed(futures)]
         finally:
             stop.set()
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The stored results; an empty list if there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def train(arguments: Sequence[str], folder: Path, jobs: int) -> dict[str, float]:
+    """Runs train.py in a separate process and returns the last evaluation on dev.
+
+    Args:
+        folder: of the run.
+        jobs: number of runs at a time, which share the cores.
+    """
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, "--out", str(folder)]
+    print("+ " + " ".join(command[1:]), file=sys.stderr, flush=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment(jobs))
+    num_steps = read_json(folder / "run.json")["settings"]["steps"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last: dict[str, float] = next(line for line in lines if line["split"] == "dev" and line["step"] == num_steps)
+    return last
+
+
+def environment(jobs: int) -> dict[str, str]:
+    """Environment variables of one of `jobs` processes that share the cores."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
