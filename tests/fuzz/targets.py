@@ -1,7 +1,7 @@
-"""Files that come from strangers, and what this project does with them: for the fuzzer and the hypothesis tests.
+"""Untrusted files and how they are read, for the fuzzer and the property tests.
 
-A target makes a folder with a good file in it, and uses the folder as a user would. Whatever is done to the file, using it
-must end in a result or in a FunnelError.
+A target writes a valid file into a folder, and reads the folder as a user would. However the file is damaged, reading must
+end in a result or a FunnelError.
 """
 
 import gzip
@@ -13,19 +13,22 @@ from typing import NamedTuple
 
 import torch
 
-from funnel.data.dataset import encode
-from funnel.data.tasks import load_custom_task
+from funnel.data.dataset import encode_examples
+from funnel.data.tasks import TaskArgs, load_task
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.inference import Classifier
-from funnel.model import checkpoint
-from funnel.model.config import FunnelConfig, parse_blocks
+from funnel.model.checkpoint import Checkpoint, read_weight_file, save_checkpoint, save_weights
+from funnel.model.config import FunnelConfig
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.training.run_dir import RunDir, TrainState
-from funnel.weights import huggingface, surgery
-from funnel.weights.load import read_weights_from
+from funnel.training.run_dir import STATE, RunDir
+from funnel.training.state import TrainState
+from funnel.weights.huggingface import write_huggingface
+from funnel.weights.load import read_source
+from funnel.weights.surgery import apply_plan, make_plan, read_plan, write_plan
 
-CONFIG = FunnelConfig(vocab_size=60, block_sizes=(1, 2, 1), num_decoder_layers=0, d_model=8, n_head=2, d_head=4, d_inner=8)
-BERT = {
+CONFIG = FunnelConfig(vocab_size=60, blocks="1,2,1", num_decoder_layers=0, d_model=8, n_head=2, d_head=4, d_inner=8)
+LARGER_CONFIG = CONFIG.replace(blocks="2,2,1,1")
+BERT_CONFIG = {
     "model_type": "bert",
     "vocab_size": 60,
     "hidden_size": 8,
@@ -37,34 +40,47 @@ BERT = {
     "hidden_act": "gelu",
 }
 TEXTS = ["a good film, é not bad\x07!", "so\u200bbad 是 it was", ""]
+ROWS = [("a good film", "pos"), ("it was, a bad one", "neg"), ("é 是", "pos"), ("so \u2028 it goes", "neg")] * 3
 
 
 class Target(NamedTuple):
-    """A file of a folder, and what is done with the folder."""
+    """An untrusted file.
+
+    Attributes:
+        file: its path in the folder.
+        make: writes it, and the files that it needs, into the folder.
+        read: reads the folder.
+    """
 
     file: str
     make: Callable[[Path], None]
-    use: Callable[[Path], object]
+    read: Callable[[Path], object]
 
 
-def tokenizer() -> FunnelTokenizer:
+def make_tokenizer() -> FunnelTokenizer:
     return FunnelTokenizer.train(["a good film is not a bad film", "so it was"] * 5, vocab_size=60)
 
 
-def make_checkpoint(folder: Path) -> None:
+def make_model(config: FunnelConfig = CONFIG) -> FunnelForSequenceClassification:
     torch.manual_seed(0)
-    model = FunnelForSequenceClassification(CONFIG)
-    made = tokenizer()
+    return FunnelForSequenceClassification(config)
 
-    def extra(target: Path) -> None:
-        made.save(target)
-        torch.save(
-            vars(TrainState(step=3, best={"f1": 0.5}, optimizer={"state": {}, "param_groups": []})),
-            target / "training_state.pt",
-        )
 
-    checkpoint.save(folder / "last", CONFIG, model.state_dict(), "FunnelForSequenceClassification", extra)
-    (folder / "run.json").write_text(json.dumps({"command": "x", "settings": {"lr": 1e-5, "max_length": 32}}))
+# --- runs and our own checkpoints -------------------------------------------------------------------------------------
+
+
+def write_run_files(folder: Path) -> None:
+    """Adds tokenizer and training state to a checkpoint."""
+    make_tokenizer().save(folder)
+    state = TrainState(step=3, best={"f1": 0.5})
+    torch.save(state.to_dict({"state": {}, "param_groups": []}, {}), folder / STATE)
+
+
+def make_run(folder: Path) -> None:
+    checkpoint = Checkpoint(CONFIG, make_model().state_dict(), "FunnelForSequenceClassification")
+    save_checkpoint(folder / "last", checkpoint, write_run_files)
+    record = {"version": 2, "command": "x", "settings": {"lr": 1e-5, "max_length": 32}}
+    (folder / "run.json").write_text(json.dumps(record))
     lines = [{"step": step, "split": "train", "loss": 0.5} for step in range(9)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -75,48 +91,62 @@ def predict(folder: Path) -> object:
 
 def resume(folder: Path) -> object:
     run = RunDir(folder)
-    run.check({"lr": 1e-5})
-    found = run.load()
-    run.forget_after(TrainState() if found is None else found[1])
-    return found
+    run.check_settings({"lr": 1e-5})
+    loaded = run.load_last()
+    run.truncate_log(TrainState() if loaded is None else loaded[1])
+    return loaded
+
+
+# --- other formats ----------------------------------------------------------------------------------------------------
 
 
 def make_huggingface(folder: Path) -> None:
-    torch.manual_seed(0)
-    model = FunnelForSequenceClassification(CONFIG)
-    huggingface.write(folder, checkpoint.Checkpoint(CONFIG, model.state_dict(), "FunnelForSequenceClassification"))
-    tokenizer().save_for_transformers(folder)
+    write_huggingface(folder, Checkpoint(CONFIG, make_model().state_dict(), "FunnelForSequenceClassification"))
+    make_tokenizer().save_for_transformers(folder)
 
 
 def make_pickle(folder: Path) -> None:
     make_huggingface(folder)
-    weights = checkpoint.read_weights(folder / "model.safetensors")
-    torch.save(weights, folder / "pytorch_model.bin")
+    torch.save(read_weight_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
+
+
+def make_shards(folder: Path) -> None:
+    make_huggingface(folder)
+    weights = read_weight_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def bert_shapes() -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the weights of a BERT with `BERT_CONFIG`."""
+    modules: dict[str, tuple[int, ...]] = {}  # shape of each module's weight; its bias has the first dimension
+    for n in range(2):
+        layer = f"encoder.layer.{n}"
+        modules |= {f"{layer}.attention.self.{name}": (8, 8) for name in ("query", "key", "value")}
+        modules |= {f"{layer}.attention.output.dense": (8, 8), f"{layer}.attention.output.LayerNorm": (8,)}
+        modules |= {f"{layer}.intermediate.dense": (16, 8)}
+        modules |= {f"{layer}.output.dense": (8, 16), f"{layer}.output.LayerNorm": (8,)}
+    modules["embeddings.LayerNorm"] = (8,)
+    embeddings = {"word_embeddings": (60, 8), "position_embeddings": (16, 8), "token_type_embeddings": (2, 8)}
+    return {
+        **{f"embeddings.{name}.weight": shape for name, shape in embeddings.items()},
+        **{f"{name}.weight": shape for name, shape in modules.items()},
+        **{f"{name}.bias": shape[:1] for name, shape in modules.items()},
+    }
 
 
 def make_bert(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"word_embeddings": (60, 8), "position_embeddings": (16, 8), "token_type_embeddings": (2, 8)}
-    weights = {f"embeddings.{name}.weight": shape for name, shape in shapes.items()}
-    for part in ("weight", "bias"):
-        weights[f"embeddings.LayerNorm.{part}"] = (8,)
-        for n in range(2):
-            at = f"encoder.layer.{n}."
-            weights |= {at + f"attention.self.{x}.{part}": (8, 8)[: 2 - (part == "bias")] for x in ("query", "key", "value")}
-            weights[at + f"attention.output.dense.{part}"] = (8, 8)[: 2 - (part == "bias")]
-            weights |= {at + f"{x}.LayerNorm.{part}": (8,) for x in ("attention.output", "output")}
-            weights[at + f"intermediate.dense.{part}"] = (16, 8)[: 2 - (part == "bias")]
-            weights[at + f"output.dense.{part}"] = (8, 16)[: 2 - (part == "bias")]
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in weights.items()}
-    checkpoint.save_weights(folder / "model.safetensors", tensors)
-    (folder / "config.json").write_text(json.dumps(BERT))
-    vocabulary = tokenizer().tokenizer.get_vocab()
-    (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n")
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in bert_shapes().items()}
+    save_weights(folder / "model.safetensors", weights)
+    (folder / "config.json").write_text(json.dumps(BERT_CONFIG))
+    make_vocabulary(folder)
 
 
 def make_original(folder: Path) -> None:
-    """The original's smallest golden model, where it is there."""
+    """Copies the original implementation's smallest golden model, if this machine has it."""
     from conftest import shared
 
     for file in shared("golden/original/b2-2_pool_qkv").iterdir():
@@ -124,96 +154,80 @@ def make_original(folder: Path) -> None:
         (folder / file.name).chmod(0o644)
 
 
-def make_shards(folder: Path) -> None:
-    make_huggingface(folder)
-    weights = checkpoint.read_weights(folder / "model.safetensors")
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def make_data(name: str) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        rows = [("a good film", "pos"), ("it was, a bad one", "neg"), ("é 是", "pos"), ("so \u2028 it goes", "neg")] * 3
-        kind = name.split(".")[1]
-        if kind == "jsonl":
-            text = "".join(json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in rows)
-        else:
-            mark = {"csv": ",", "tsv": "\t"}[kind]
-            quoted = [(f'"{text}"' if kind == "csv" else text, label) for text, label in rows]
-            text = f"text{mark}label\n" + "".join(f"{text}{mark}{label}\n" for text, label in quoted)
-        content = text.encode()
-        (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-
-    return make
-
-
-def read_data(name: str) -> Callable[[Path], object]:
-    def use(folder: Path) -> object:
-        task, _ = load_custom_task(folder / name, None, None, None, None, None)
-        return encode(task.files["train"], task.label_ids, tokenizer(), 32)
-
-    return use
-
-
-def use_tokenizer(folder: Path) -> object:
-    found = FunnelTokenizer.load(folder)
-    found.encode(TEXTS, max_length=16)
-    found.encode(TEXTS, TEXTS, 16)
-    return found.fitting(10**6, folder)
+# --- tokenizers, layouts, data ----------------------------------------------------------------------------------------
 
 
 def make_vocabulary(folder: Path) -> None:
-    vocabulary = tokenizer().tokenizer.get_vocab()
+    vocabulary = make_tokenizer().tokenizer.get_vocab()
     (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n")
 
 
-GROWN = CONFIG.replace(block_sizes=(2, 2, 1, 1))
+def read_tokenizer(folder: Path) -> object:
+    tokenizer = FunnelTokenizer.load(folder)
+    tokenizer.check_vocab_size(10**6, folder)
+    return tokenizer.encode(TEXTS, max_length=16), tokenizer.encode(TEXTS, TEXTS, 16)
 
 
-def make_plan(folder: Path) -> None:
-    surgery.write_plan(folder / "plan.json", surgery.make_plan(CONFIG, GROWN, "identity"))
+def make_layout(folder: Path) -> None:
+    (folder / "layout.txt").write_text("6,3x2,3x2")
 
 
-def use_plan(folder: Path) -> object:
-    plan = surgery.read_plan(folder / "plan.json", CONFIG, GROWN)
-    torch.manual_seed(0)
-    old, new = (FunnelForSequenceClassification(config).state_dict() for config in (CONFIG, GROWN))
-    return surgery.apply_plan(old, plan, new)
+def read_layout(folder: Path) -> object:
+    return FunnelConfig(blocks=(folder / "layout.txt").read_bytes().decode("utf-8", "replace"))
 
 
-def use_layout(folder: Path) -> object:
-    sizes, repeats = parse_blocks((folder / "layout.txt").read_bytes().decode("utf-8", "replace"))
-    return FunnelConfig(block_sizes=sizes, block_repeats=repeats)
+def make_layout_plan(folder: Path) -> None:
+    write_plan(folder / "plan.json", make_plan(CONFIG, LARGER_CONFIG, "identity"))
 
 
-def read_only(folder: Path) -> object:
-    return read_weights_from(folder)
+def read_layout_plan(folder: Path) -> object:
+    plan = read_plan(folder / "plan.json", CONFIG, LARGER_CONFIG)
+    return apply_plan(make_model().state_dict(), plan, make_model(LARGER_CONFIG).state_dict())
 
 
+def write_data(path: Path) -> None:
+    """Writes examples in the format that the file's name indicates."""
+    format_name = path.name.split(".")[1]
+    if format_name == "jsonl":
+        lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in ROWS]
+    elif format_name == "csv":
+        lines = ["text,label", *(f'"{text}",{label}' for text, label in ROWS)]
+    else:
+        lines = ["text\tlabel", *(f"{text}\t{label}" for text, label in ROWS)]
+    content = "".join(f"{line}\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def read_data(path: Path) -> object:
+    task = load_task(TaskArgs(data=path))
+    return encode_examples(task.files["train"], task.label_ids, make_tokenizer(), 32)
+
+
+def data_target(name: str) -> Target:
+    return Target(name, lambda folder: write_data(folder / name), lambda folder: read_data(folder / name))
+
+
+DATA_FILES = ("data.tsv", "data.csv", "data.jsonl", "data.csv.gz", "data.jsonl.gz")
 TARGETS = {
-    "config.json": Target("last/config.json", make_checkpoint, predict),
-    "safetensors": Target("last/model.safetensors", make_checkpoint, predict),
-    "tokenizer.json in a checkpoint": Target("last/tokenizer.json", make_checkpoint, predict),
-    "training_state.pt": Target("last/training_state.pt", make_checkpoint, resume),
-    "run.json": Target("run.json", make_checkpoint, resume),
-    "run.json of a prediction": Target("run.json", make_checkpoint, predict),
-    "metrics.jsonl": Target("metrics.jsonl", make_checkpoint, resume),
-    "transformers' config.json": Target("config.json", make_huggingface, read_only),
-    "transformers' safetensors": Target("model.safetensors", make_huggingface, read_only),
-    "transformers' pickle": Target("pytorch_model.bin", make_pickle, read_only),
-    "transformers' index of shards": Target("model.safetensors.index.json", make_shards, read_only),
-    "BERT's config.json": Target("config.json", make_bert, read_only),
-    "BERT's safetensors": Target("model.safetensors", make_bert, read_only),
-    "BERT's vocab.txt": Target("vocab.txt", make_bert, read_only),
-    "net_config.json": Target("net_config.pytorch.json", make_original, read_only),
-    "the original's model.pt": Target("model.pt", make_original, read_only),
-    "tokenizer.json": Target("tokenizer.json", lambda folder: tokenizer().save(folder), use_tokenizer),
-    "vocab.txt": Target("vocab.txt", make_vocabulary, use_tokenizer),
-    "layout": Target("layout.txt", lambda folder: (folder / "layout.txt").write_text("6,3x2,3x2") and None, use_layout),
-    "plan": Target("plan.json", make_plan, use_plan),
-    **{
-        name: Target(name, make_data(name), read_data(name))
-        for name in ("data.tsv", "data.csv", "data.jsonl", "data.csv.gz", "data.jsonl.gz")
-    },
+    "config.json": Target("last/config.json", make_run, predict),
+    "safetensors": Target("last/model.safetensors", make_run, predict),
+    "tokenizer.json in a checkpoint": Target("last/tokenizer.json", make_run, predict),
+    "training_state.pt": Target("last/training_state.pt", make_run, resume),
+    "run.json": Target("run.json", make_run, resume),
+    "run.json in prediction": Target("run.json", make_run, predict),
+    "metrics.jsonl": Target("metrics.jsonl", make_run, resume),
+    "transformers config.json": Target("config.json", make_huggingface, read_source),
+    "transformers safetensors": Target("model.safetensors", make_huggingface, read_source),
+    "transformers pickle": Target("pytorch_model.bin", make_pickle, read_source),
+    "transformers shard index": Target("model.safetensors.index.json", make_shards, read_source),
+    "BERT config.json": Target("config.json", make_bert, read_source),
+    "BERT safetensors": Target("model.safetensors", make_bert, read_source),
+    "BERT vocab.txt": Target("vocab.txt", make_bert, read_source),
+    "original net_config.json": Target("net_config.pytorch.json", make_original, read_source),
+    "original model.pt": Target("model.pt", make_original, read_source),
+    "tokenizer.json": Target("tokenizer.json", lambda folder: make_tokenizer().save(folder), read_tokenizer),
+    "vocab.txt": Target("vocab.txt", make_vocabulary, read_tokenizer),
+    "layout": Target("layout.txt", make_layout, read_layout),
+    "layout plan": Target("plan.json", make_layout_plan, read_layout_plan),
+    **{name: data_target(name) for name in DATA_FILES},
 }
