@@ -28,6 +28,9 @@ from funnel.training.device import choose_device
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=4)  # of collectives: one rank may download or encode while the others wait
+# Groups are never freed: gloo's destructor waits for its thread while holding the GIL, which that thread may need in order to
+# free the tensor of the last collective. Both would wait forever.
+_groups: list[Any] = []
 
 
 class Distributed:
@@ -238,6 +241,7 @@ def init_distributed(device: str | None, fsdp: bool = False) -> Distributed:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    _groups.append(dist.group.WORLD)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
     return Distributed(chosen, rank, world_size, local_rank)
