@@ -1,8 +1,13 @@
 """Exceptions that commands report on one line instead of with a traceback, and helpers for messages."""
 
+import signal
+import threading
+import time
 from collections.abc import Iterable
+from typing import NoReturn
 
 MAX_MESSAGE_LENGTH = 1000  # characters; a longer message is shortened in the middle
+MAX_WAIT = 10  # seconds for another rank to print an error
 
 
 class FunnelError(ValueError):
@@ -49,3 +54,14 @@ def format_list(names: Iterable[str], limit: int = 20) -> str:
 def plural(count: int, noun: str) -> str:
     """ "1 text", "1,200 texts"; a noun in -s or -x gets "es"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith(('s', 'x')) else 's'}"
+
+
+def exit_silently(status: int) -> NoReturn:
+    """Ends a rank whose error another rank prints.
+
+    torchrun ends all ranks as soon as one has failed, so this one waits for that; else the other might not get to print.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(MAX_WAIT)
+    raise SystemExit(status)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from funnel.errors import FunnelError, StoppedBySignal
+from funnel.errors import FunnelError, StoppedBySignal, exit_silently
 
 Options = TypeVar("Options")
 
@@ -54,11 +54,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         parser.add_argument(flag(field.name), type=kind, default=field.default, help=help_text, **values)
 
 
-def run_script(
-    options: type[Options],
-    work: Callable[[Options, str], object],
-    arguments: Sequence[str] | None,
-) -> int:
+def run_script(options: type[Options], work: Callable[[Options, str], object], arguments: Sequence[str] | None) -> int:
     """Parses a script's command line into a dataclass, calls `work` with it and the command, returns the exit status.
 
     The help text is the docstring of the module that defines `work`.
@@ -71,7 +67,6 @@ def run_script(
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = command_line(program, given, is_process=arguments is None)
     debug = "--debug" in given
-
     description = sys.modules[work.__module__].__doc__
 
     def run() -> None:
@@ -81,8 +76,10 @@ def run_script(
         try:
             with contextlib.redirect_stderr(None):  # rank 0 prints the message
                 args = parse_options(options, given, program, description)
-        except FunnelError:
-            raise SystemExit(2) from None
+        except (FunnelError, SystemExit) as error:
+            if isinstance(error, SystemExit) and not error.code:  # after --help
+                raise
+            exit_silently(2)
         work(args, command)
 
     return run_command(program, run, debug=debug)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from funnel.data.dataset import Shard
-from funnel.errors import FunnelError
+from funnel.errors import FunnelError, exit_silently
 from funnel.model.encoder import FunnelLayer
 from funnel.training.device import choose_device
 
@@ -117,7 +117,7 @@ class Distributed:
         if failed and failed[0] == self.rank:
             raise FunnelError(*failures[self.rank])  # type: ignore[misc]
         if failed:
-            raise SystemExit(2)
+            exit_silently(2)
 
     # --- reductions ---------------------------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ def init_distributed(device: str | None, fsdp: bool = False) -> Distributed:
         chosen = choose_device(device)
     except FunnelError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            raise SystemExit(2) from None  # the first process of this machine prints the message
+            exit_silently(2)  # the first process of this machine prints the message
         raise
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         if fsdp:

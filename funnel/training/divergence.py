@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from funnel.data.dataset import Batch
-from funnel.errors import FunnelError, plural
+from funnel.errors import FunnelError, exit_silently, plural
 from funnel.training.device import autocast, seed_step
 from funnel.training.evaluate import loss_function
 from funnel.training.optim import LinearWarmupDecay, full_tensor
@@ -77,7 +77,7 @@ class NonFiniteGuard:
 
     def _fail(self, step: int, cause: str) -> None:
         if not self.components.dist.is_main:
-            raise SystemExit(2)
+            exit_silently(2)
         raise FunnelError(
             f"training diverged at step {step + 1:,} (learning rate {self.schedule.at(step):.2g}): {cause}; "
             "lower the learning rate. The weights were not updated; the last checkpoint is intact"

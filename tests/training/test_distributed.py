@@ -139,6 +139,7 @@ def test_a_run_resumes_with_another_number_of_processes(first, second, folder, s
     code, _, error = finish(running)
     assert code not in (0, None)
     assert "rerun with --resume" in error
+    assert "forcefully exiting" not in error  # torchrun kills a worker that hangs at exit
     world_size, *more = second
     code, output, error = finish(launch(folder, world_size, *COMMON, *more, "--out", out, "--resume"))
     assert code == 0, error
@@ -147,7 +148,7 @@ def test_a_run_resumes_with_another_number_of_processes(first, second, folder, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", [("--lr", "-1"), ("--out", "weights"), ("--weights", "nowhere")])
+@pytest.mark.parametrize("mistake", [("--lr", "-1"), ("--unknown",), ("--out", "weights"), ("--weights", "nowhere")])
 def test_an_error_on_all_ranks_is_printed_once(mistake, folder):
     code, _, error = finish(launch(folder, 2, *COMMON, *mistake))
     assert code != 0
