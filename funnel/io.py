@@ -103,6 +103,8 @@ def atomic_folder(folder: str | Path, keep: int = 1) -> Iterator[Path]:
         FunnelError: the folder cannot be written; the previous versions are intact.
     """
     folder = Path(folder)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise FunnelError(f"{folder}: expected a folder, found a file")
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     try:
         with os_errors(folder, "write"):
@@ -142,18 +144,13 @@ def existing_folder(folder: str | Path) -> Path:
         FunnelError: neither exists.
     """
     folder = Path(folder)
-    if is_dir(folder):
+    if os.path.isdir(folder):  # Path.is_dir raises for a name that is too long before Python 3.14
         return folder
     if os.path.exists(folder):
         raise FunnelError(f"{folder}: expected a checkpoint folder, found a file")
-    if is_dir(_sibling(folder, "old")):
+    if os.path.isdir(_sibling(folder, "old")):
         return _sibling(folder, "old")
     raise FunnelError(f"{folder}: no such folder")
-
-
-def is_dir(path: str | Path) -> bool:
-    """Whether a folder exists; False if the name is too long for the file system."""
-    return os.path.isdir(path)  # Path.is_dir raises for such a name before Python 3.14
 
 
 def _rotate(folder: Path, old: Path, keep: int) -> None:

@@ -1,12 +1,12 @@
 """`funnel layout`: the cost of a layout and the origin of its layers, without training or building a model."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from funnel.cli.common import ArgumentParser
 from funnel.errors import FunnelError
-from funnel.io import is_dir
 
 if TYPE_CHECKING:
     from funnel.model.config import FunnelConfig
@@ -69,7 +69,7 @@ def _read_config(weights: str) -> "FunnelConfig":
     from funnel.model.config import released_config
     from funnel.weights.load import read_source_config, resolve
 
-    return read_source_config(resolve(weights)) if is_dir(weights) else released_config(weights)
+    return read_source_config(resolve(weights)) if os.path.isdir(weights) else released_config(weights)
 
 
 def cost_table(config: "FunnelConfig") -> str:

@@ -3,6 +3,7 @@
 To add a task, add an entry to `TASKS`. The user's own files become a task too (`CUSTOM`; see `funnel.data.custom`).
 """
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from funnel.data.download import Archive, fetch
 from funnel.data.files import Column, ExampleFile, InMemoryExamples, check_file, file_format
 from funnel.data.mrpc import build_mrpc
 from funnel.errors import FunnelError
-from funnel.io import cache_dir, is_dir
+from funnel.io import cache_dir
 from funnel.options import check_options, option
 
 CUSTOM = "custom"  # name of a task made of the user's own files
@@ -239,7 +240,7 @@ def locate_files(task: Task, folder: Path | None) -> Task:
     files = {split: file for split, file in task.files.items() if isinstance(file, ExampleFile)}
     if folder is None:
         folder = _download(task)
-    elif not is_dir(folder):
+    elif not os.path.isdir(folder):
         raise FunnelError(f"data {folder}: no such folder; expected the folder with {task.title}'s files", "data")
     elif not (folder / files["train"].path).exists() and (folder / task.title / files["train"].path).exists():
         folder = folder / task.title
@@ -312,7 +313,7 @@ def load_task(args: TaskArgs) -> Task:
     """
     if args.task is None and args.data is not None:
         return _custom_task(args, args.data)
-    if args.data is not None and file_format(args.data) and not is_dir(args.data):
+    if args.data is not None and file_format(args.data) and not os.path.isdir(args.data):
         message = f"task {args.task}: expected a folder as data, found a file; omit task to use your own file"
         raise FunnelError(message, "task")
     return locate_files(get_task(args.task or "demo"), args.data)
@@ -320,7 +321,7 @@ def load_task(args: TaskArgs) -> Task:
 
 def _custom_task(args: TaskArgs, data: Path) -> Task:
     """A task made of the user's own files; its hyperparameters are those of QNLI and AG News."""
-    if is_dir(data):
+    if os.path.isdir(data):
         raise FunnelError(f"data {data} is a folder; choose the task whose files it contains", "data")
     check_file(data, "data")
     if args.dev is not None:

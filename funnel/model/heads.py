@@ -190,8 +190,6 @@ class FunnelPreTrainedModel(nn.Module):
             FunnelError: the folder contains other files, which would be lost, or cannot be written.
         """
         folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise FunnelError(f"{folder}: expected a folder, found a file")
         existing = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if other := sorted(existing - {CONFIG, WEIGHTS, TOKENIZER}):
             raise FunnelError(f"{folder} contains other files ({other[0]}); choose a new folder")

@@ -109,7 +109,8 @@ def print_banner(run: RunDir, state: TrainState, components: TrainComponents, or
     device = dist.device.type + (f" x {dist.world_size} processes" if dist.world_size > 1 else "")
     print(f"model: blocks {config.layout}, d_model {config.d_model}, {parameters:,} parameters, from {origin}")
     print(
-        f"training: {settings['steps']:,} steps of {settings['batch_size']} examples, learning rate {settings['lr']:g}, "
+        f"training: {plural(settings['steps'], 'step')} of {plural(settings['batch_size'], 'example')}, "
+        f"learning rate {settings['lr']:g}, "
         f"{components.dtype} on {device}; writing to {run.folder}"
     )
     if run.is_resumed:

@@ -32,14 +32,14 @@ from funnel.io import (
     write_checksums,
     write_json,
 )
-from funnel.model.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from funnel.model.checkpoint import CONFIG, TOKENIZER, Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from funnel.training.distributed import Distributed
 from funnel.training.error_analysis import EVALUATION_FILE
 from funnel.training.state import STATE_VERSION, TrainComponents, TrainState
 
 VERSION = 2  # of run.json
 STATE = "training_state.pt"
-# Arguments that may change on resume: they do not affect the result, or `facts` cover their effect.
+# Arguments that may change on resume: they do not affect the result, or the derived settings cover their effect.
 MAY_CHANGE = frozenset(
     "out resume debug device fsdp gradient_checkpointing log_every save_every keep_checkpoints "
     "dev text_column text_pair_column label_column problem".split()
@@ -61,18 +61,18 @@ class RunDir:
         self._saved = (-1, -1)  # step and evaluation of the newest checkpoint
 
     @classmethod
-    def open(cls, args: Any, facts: Mapping[str, Any], command: str, dist: Distributed) -> "RunDir":
+    def open(cls, args: Any, derived: Mapping[str, Any], command: str, dist: Distributed) -> "RunDir":
         """Creates the folder of a new run, or checks that of the run to resume.
 
         Args:
             args: the command line as a dataclass; has `out`, `resume` and `keep_checkpoints`.
-            facts: settings that follow from the arguments: the task's, sizes, digests. A resumed run must have the same
-                arguments (except those in `MAY_CHANGE`) and facts.
+            derived: settings that follow from the arguments: the task's, sizes, digests. A resumed run must have the same
+                arguments (except those in `MAY_CHANGE`) and derived settings.
             command: recorded in run.json; `funnel sweep` compares it.
         """
         options = {name: value for name, value in dataclasses.asdict(args).items() if name not in MAY_CHANGE}
         options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-        settings = {**options, **facts}
+        settings = {**options, **derived}
 
         def open_on_main() -> Path:
             name = f"{settings['task']}-{settings['blocks']}-seed{settings['seed']}"
@@ -149,8 +149,9 @@ class RunDir:
         folders = folder_versions(self.folder / "last")
         for number, folder in enumerate(folders, 1):
             try:
-                verify_checksums(folder)
-                return load_checkpoint(folder).weights, _read_state(folder / STATE)
+                weights = load_checkpoint(folder).weights  # verifies their checksum
+                verify_checksums(folder, [CONFIG, TOKENIZER, STATE])
+                return weights, _read_state(folder / STATE)
             except FunnelError as error:
                 if number == len(folders):
                     newer = f" ({plural(number - 1, 'newer checkpoint')} damaged, too)" if number > 1 else ""

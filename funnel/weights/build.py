@@ -9,7 +9,7 @@ import numpy as np
 
 from funnel.data.dataset import Dataset
 from funnel.data.tokenizer import FunnelTokenizer
-from funnel.errors import FunnelError
+from funnel.errors import FunnelError, plural
 from funnel.model.checkpoint import load_weights
 from funnel.model.config import FunnelConfig, parse_blocks
 from funnel.model.flops import check_memory
@@ -130,7 +130,7 @@ def build_classifier(
 
     num_added = sum(row.start != "keep" for row in plan)
     origin = "random weights" if is_random else args.weights
-    origin += f" (blocks {source.config.layout}; {len(plan) - num_added} layers kept, {num_added} new: "
+    origin += f" (blocks {source.config.layout}; {plural(len(plan) - num_added, 'layer')} kept, {num_added} new: "
     origin += f"{args.layout_plan or args.init})" + (", new classifier" if has_new_head else "")
     return BuiltModel(model.eval(), tokenizer, plan, origin)
 

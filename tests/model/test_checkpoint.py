@@ -280,3 +280,10 @@ def test_a_run_resolves_to_the_checkpoint_in_best(saved):
         best_checkpoint(run)
     saved.rename(run / "best")
     assert best_checkpoint(run) == run / "best"
+
+
+def test_save_pretrained_refuses_to_replace_a_file(tmp_path):
+    (tmp_path / "data.csv").write_text("mine")
+    with pytest.raises(FunnelError, match="expected a folder, found a file"):
+        FunnelBaseModel(tiny_config()).save_pretrained(tmp_path / "data.csv")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"data.csv": "mine"}
