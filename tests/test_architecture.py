@@ -10,7 +10,7 @@ from conftest import ROOT
 # A group may import only from groups in earlier rows, and from itself.
 LAYERS = (
     {"errors"},
-    {"io", "options"},
+    {"io", "options", "threads"},
     {"model", "data"},
     {"weights", "training"},
     {"inference"},
