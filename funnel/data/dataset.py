@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funnel.data.files import Example, ExampleFile, InMemoryExamples, parse_score
+from funnel.data.checks import TextChecks, hash_texts
+from funnel.data.files import Example, ExampleFile, InMemoryExamples, normalize_label, parse_score
 from funnel.data.tokenizer import Encoding, FunnelTokenizer
 from funnel.errors import FunnelError, error_reason, format_list, plural
 from funnel.io import cache_dir, os_errors, read_json, write_json
 
 CHUNK_SIZE = 1024  # examples per call of the tokenizer, which processes them in parallel
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 SORT_WINDOW = 64  # batches; examples are sorted by length within a window
 
 
@@ -142,12 +143,14 @@ class Rows(NamedTuple):
         lengths: number of tokens.
         pair_starts: offset of the second text's first token; the length if there is no second text.
         labels: int32 label ids, or float32 scores; -1 or nan without a label.
+        hashes: uint64, equal for equal texts.
     """
 
     starts: np.ndarray
     lengths: np.ndarray
     pair_starts: np.ndarray
     labels: np.ndarray
+    hashes: np.ndarray
 
     def take(self, index: np.ndarray) -> "Rows":
         """The entries of some examples."""
@@ -164,6 +167,7 @@ class Dataset:
         pad_id: the padding token's id.
         truncation: how much text was cut off.
         digest: checksum of the source's content; "" for texts encoded in memory.
+        warnings: suspected problems with the texts, one line each.
     """
 
     token_ids: np.ndarray
@@ -171,6 +175,7 @@ class Dataset:
     pad_id: int
     truncation: Truncation
     digest: str = ""
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def from_texts(
@@ -178,8 +183,8 @@ class Dataset:
     ) -> "Dataset":
         """Encodes unlabeled texts, or pairs of texts, in memory."""
         encodings = tokenizer.encode(texts, pairs, max_length)
-        rows = _make_rows(encodings, np.full(len(texts), -1, dtype=np.int32))
-        truncation = _measure_truncation(encodings, texts, pairs, tokenizer)
+        rows = _make_rows(encodings, np.full(len(texts), -1, dtype=np.int32), np.zeros(len(texts), np.uint64))
+        truncation = _measure_truncation(encodings)
         return cls(_flatten(encodings, np.int32), rows, tokenizer.pad_id, truncation)
 
     def __len__(self) -> int:
@@ -194,6 +199,11 @@ class Dataset:
     def labels(self) -> np.ndarray:
         """Label ids (int32) or scores (float32), [n]."""
         return self.rows.labels
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """Hashes of the texts, [n]."""
+        return self.rows.hashes
 
     def subset(self, index: np.ndarray) -> "Dataset":
         """The examples with these row numbers, in the given order; shares the token ids."""
@@ -215,7 +225,7 @@ class Dataset:
         ids = np.full((len(index), width), self.pad_id, dtype=np.int64)
         types = np.zeros((len(index), width), dtype=np.int64)
         mask = np.zeros((len(index), width), dtype=np.int64)
-        starts, lengths, pair_starts, labels = self.rows.take(index)
+        starts, lengths, pair_starts, labels, _ = self.rows.take(index)
         for i, (start, length, pair_start) in enumerate(zip(starts, lengths, pair_starts, strict=True)):
             ids[i, :length] = self.token_ids[start : start + length]
             types[i, pair_start:length] = 1
@@ -294,7 +304,8 @@ class Dataset:
         chosen = [group[: min(count, len(group) - 1)] for group, count in zip(groups, counts, strict=True)]
         second = np.sort(np.concatenate(chosen))
         if not 0 < len(second) < len(self):
-            message = f"dev_share {share:g} of {len(self)} examples leaves train or dev empty; use a separate dev file"
+            message = f"dev_share {share:g} of {len(self)} examples leaves train or dev empty"
+            message += "; a class with a single text stays in train, so use a larger share or a separate dev file"
             raise FunnelError(message, "dev_share")
         return self.subset(np.setdiff1d(np.arange(len(self)), second)), self.subset(second)
 
@@ -363,21 +374,24 @@ class _EncodingJob:
         dtype = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.int32
         label_dtype = np.float32 if self.label_ids is None else np.int32
         chunks: list[Rows] = []
-        truncation = Truncation()
+        truncation, checks = Truncation(), TextChecks(self.tokenizer)
         examples = self.source.rows()
         with (folder / "ids.bin").open("wb") as file:
             while chunk := list(itertools.islice(examples, CHUNK_SIZE)):
                 texts = [example.text for example in chunk]
                 pairs = None if chunk[0].pair is None else [example.pair or "" for example in chunk]
                 encodings = self.tokenizer.encode(texts, pairs, self.max_length)
-                file.write(_flatten(encodings, dtype).tobytes())
+                ids = _flatten(encodings, dtype)
+                file.write(ids.tobytes())
                 labels = np.array([self._label(example) for example in chunk], label_dtype)
-                chunks.append(_make_rows(encodings, labels))
-                truncation = truncation.merge(_measure_truncation(encodings, texts, pairs, self.tokenizer))
+                chunks.append(_make_rows(encodings, labels, hash_texts(texts, pairs)))
+                checks.update(chunk, ids, chunks[-1].starts)
+                truncation = truncation.merge(_measure_truncation(encodings))
         rows = Rows(*(np.concatenate(arrays) for arrays in zip(*chunks, strict=True)))
         rows = rows._replace(starts=_starts(rows.lengths))
         np.savez(folder / "rows.npz", allow_pickle=False, **rows._asdict())
-        write_json(folder / "about.json", {"dtype": np.dtype(dtype).name, "truncation": list(truncation)})
+        about = {"dtype": np.dtype(dtype).name, "truncation": list(truncation), "warnings": checks.warnings()}
+        write_json(folder / "about.json", about)
 
     def _label(self, example: Example) -> float:
         """An example's label id or score; -1 or nan without a label."""
@@ -385,13 +399,19 @@ class _EncodingJob:
             return math.nan if self.label_ids is None else -1
         if self.label_ids is not None:
             if example.label not in self.label_ids:
-                message = f"unknown label {example.label!r}; the labels are {format_list(self.label_ids)}"
-                raise self.source.error(example.line, message)
+                raise self.source.error(example.line, _unknown_label(example.label, self.label_ids))
             return self.label_ids[example.label]
         score = parse_score(example.label)
         if score is None:
             raise self.source.error(example.line, f"label {example.label!r} is not a finite float32")
         return score
+
+
+def _unknown_label(label: str, known: Iterable[str]) -> str:
+    """The message for a label that the training set does not have."""
+    similar = next((other for other in known if normalize_label(other) == normalize_label(label)), None)
+    hint = f"; only case, spaces or number format differ from {similar!r}" if similar is not None else ""
+    return f"unknown label {label!r}; the labels are {format_list(known)}{hint}"
 
 
 def _temporary_folder(folder: Path) -> tuple[Path, bool]:
@@ -413,14 +433,14 @@ def _open(folder: Path, pad_id: int, digest: str) -> Dataset:
         rows = Rows(**arrays)
     if int(rows.starts[-1]) + int(rows.lengths[-1]) != len(token_ids):
         raise ValueError(f"{folder}: damaged")
-    return Dataset(token_ids, rows, pad_id, Truncation(*about["truncation"]), digest)
+    return Dataset(token_ids, rows, pad_id, Truncation(*about["truncation"]), digest, tuple(about["warnings"]))
 
 
-def _make_rows(encodings: Sequence[Encoding], labels: np.ndarray) -> Rows:
+def _make_rows(encodings: Sequence[Encoding], labels: np.ndarray, hashes: np.ndarray) -> Rows:
     """The rows of encoded examples whose token ids are concatenated."""
     lengths = np.array([len(encoding.input_ids) for encoding in encodings], dtype=np.int32)
     pair_starts = [e.token_type_ids.index(1) if e.token_type_ids[-1] == 1 else len(e.input_ids) for e in encodings]
-    return Rows(_starts(lengths), lengths, np.array(pair_starts, dtype=np.int32), labels)
+    return Rows(_starts(lengths), lengths, np.array(pair_starts, dtype=np.int32), labels, hashes)
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
@@ -431,14 +451,7 @@ def _flatten(encodings: Iterable[Encoding], dtype: type) -> np.ndarray:
     return np.concatenate([np.array(encoding.input_ids, dtype=dtype) for encoding in encodings])
 
 
-def _measure_truncation(
-    encodings: Sequence[Encoding], texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: FunnelTokenizer
-) -> Truncation:
-    """Encodes the truncated texts again, in full, to count what they lost."""
-    truncated = [i for i, encoding in enumerate(encodings) if encoding.truncated]
-    full: list[Encoding] = []
-    if truncated:
-        full = tokenizer.encode([texts[i] for i in truncated], pairs and [pairs[i] for i in truncated], 2**31 - 1)
-    lost = sum(len(e.input_ids) for e in full) - sum(len(encodings[i].input_ids) for i in truncated)
-    tokens = sum(len(e.input_ids) for e in encodings) + lost
-    return Truncation(len(truncated), lost, tokens, max(len(e.input_ids) for e in [*encodings, *full]))
+def _measure_truncation(encodings: Sequence[Encoding]) -> Truncation:
+    lost = [encoding.full_length - len(encoding.input_ids) for encoding in encodings]
+    lengths = [encoding.full_length for encoding in encodings]
+    return Truncation(sum(map(bool, lost)), sum(lost), sum(lengths), max(lengths))

@@ -1,33 +1,37 @@
-"""Reads examples from files: tsv, csv and jsonl, plain or gzipped, and folders with one text per file.
+"""Reads examples from files: csv, tsv, jsonl, json and parquet files, and folders with one text per file.
 
 No row is skipped or repaired silently:
 
-- A byte-order mark and CRLF line endings are accepted. An empty text is a valid example.
+- A byte-order mark, CRLF line endings and blank lines at the end are accepted. An empty text is a valid example.
 - csv follows RFC 4180, including line breaks inside quotes. tsv has no quoting, as in GLUE's files, so that a lone quote
-  in a sentence does not swallow the lines after it.
+  in a sentence does not swallow the lines after it; `ExampleFile.dialect` says otherwise for the user's own files.
 - Everything else raises an error with file and line: bytes that are not UTF-8, NUL bytes, rows with the wrong number of
-  fields, missing or duplicate columns, blank lines.
+  fields, missing or duplicate columns, blank lines between rows.
 """
 
-import csv
-import gzip
 import hashlib
 import itertools
 import json
-import os
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from funnel.errors import FunnelError, error_reason, format_list, plural
+from funnel.data.formats import (
+    DIALECTS,
+    OLD_MAC_LINE_ENDINGS,
+    ROW_NAMES,
+    SEPARATORS,
+    Dialect,
+    file_format,
+    read_column_names,
+    read_objects,
+    read_table,
+)
+from funnel.errors import FunnelError, format_list, plural
 from funnel.io import os_errors, sha256
 
-MAX_LINE_BYTES = 2**26  # a file without line breaks, or a decompression bomb, must not exhaust the memory
 MAX_SCORE = 3.4028234663852886e38  # the largest finite float32
-EXPECTED_FORMAT = "expected a .tsv, .csv or .jsonl file, optionally gzipped (.gz)"
-OLD_MAC_LINE_ENDINGS = "lines end with CR only; convert the line endings to LF"
 Column = str | int
 
 
@@ -37,13 +41,16 @@ class Example(NamedTuple):
     Attributes:
         text, pair: the text and, for tasks on pairs, the second text.
         label: the label as written in the file; None if the file has no labels.
-        line: where the example starts, for error messages: a line number, or the path of a file in a folder.
+        line: where the example starts, for error messages: the number of a line (json: item, parquet: row), or the path of
+            a file in a folder.
+        extra: the values of `ExampleFile.extra_columns`; those of json and parquet that are not strings are JSON.
     """
 
     text: str
     pair: str | None
     label: str | None
     line: int | str
+    extra: tuple[str, ...] = ()
 
 
 class InMemoryExamples(NamedTuple):
@@ -83,13 +90,15 @@ class ExampleFile:
     """A file of examples, and which of its columns to read.
 
     Attributes:
-        path: a .tsv, .csv or .jsonl file, optionally gzipped; or a folder with one subfolder per label.
+        path: a file in one of the formats of `funnel.data.formats`, or a folder with one subfolder per label.
         text_columns: the column of the text, or the columns of the two texts of a pair. Columns are names, or, in files
             without a header, numbers starting at 0.
         label_column: None for unlabeled files.
         joined: join the text columns with a space into a single text (a title and the text below it).
         escaped: texts contain the escapes backslash-n and backslash-quote, as in the csv files of Zhang et al.
         label_folders: the subfolders, each named after its label. Each contains one .txt file per text.
+        dialect: separator and quoting of a csv or tsv file; None for those of GLUE's tsv files, or of RFC 4180 for csv.
+        extra_columns: further columns to read.
     """
 
     path: Path
@@ -98,6 +107,8 @@ class ExampleFile:
     joined: bool = False
     escaped: bool = False
     label_folders: tuple[str, ...] = ()
+    dialect: Dialect | None = None
+    extra_columns: tuple[Column, ...] = ()
 
     def in_folder(self, folder: Path) -> "ExampleFile":
         """The same file with its path taken relative to `folder`."""
@@ -112,15 +123,16 @@ class ExampleFile:
         if self.label_folders:
             yield from self._read_folders()
             return
-        is_empty = True
+        n_texts, is_empty = len(self.text_columns), True
         for line, fields in self._read_fields():
             is_empty = False
-            texts = [unescape(field) if self.escaped else field for field in fields[: len(self.text_columns)]]
-            label = fields[-1] if self.label_column is not None else None
+            texts = [unescape(field) if self.escaped else field for field in fields[:n_texts]]
+            label = fields[n_texts] if self.label_column is not None else None
             pair = texts[1] if len(texts) > 1 and not self.joined else None
-            yield Example(" ".join(texts) if self.joined else texts[0], pair, label, line)
+            text = " ".join(texts) if self.joined else texts[0]
+            yield Example(text, pair, label, line, tuple(fields[len(self.columns) :]))
         if is_empty:
-            raise FunnelError(f"{self.path}: empty; expected {'a header and ' * self.has_header}one example per line")
+            raise FunnelError(f"{self.path}: empty; expected {'a header and ' * self.has_header}at least one example")
 
     def check(self) -> None:
         """Reads the whole file, so that a malformed row is reported before any work is done.
@@ -148,31 +160,53 @@ class ExampleFile:
         """The columns to read: those of the texts, then that of the label."""
         return self.text_columns if self.label_column is None else (*self.text_columns, self.label_column)
 
+    @property
+    def all_columns(self) -> tuple[Column, ...]:
+        """`columns`, then `extra_columns`."""
+        return (*self.columns, *self.extra_columns)
+
     def error(self, line: int | str, message: str, parameter: str | None = None) -> FunnelError:
         """An error located at a line, or at a file of a folder; `parameter` as in `FunnelError`."""
-        place = f"{self.path}, line {line}" if isinstance(line, int) else line
+        name = ROW_NAMES.get(file_format(self.path), "line")
+        place = f"{self.path}, {name} {line}" if isinstance(line, int) else line
         return FunnelError(f"{place}: {message}", parameter)
+
+    @property
+    def description(self) -> str:
+        """What is read, in one line: "reviews.csv: text column 'review', label column 'stars', separated by semicolons"."""
+        what = [f"text column{'s' * (len(self.text_columns) > 1)} {' and '.join(map(repr, self.text_columns))}"]
+        if self.label_column is not None:
+            what.append(f"label column {self.label_column!r}")
+        if not self.has_header:
+            what.append("no header")
+        if self.dialect is not None:
+            what.append(f"separated by {SEPARATORS[self.dialect.separator]}")
+            if self.dialect.quoted and self.dialect.separator == "\t":
+                what.append("quotes enclose fields")
+        return f"{self.path.name}: {', '.join(what)}"
+
+    def column_names(self) -> list[str]:
+        """All columns of the file; without a header, their numbers."""
+        names = read_column_names(self.path, self.dialect)
+        return names if self.has_header else [str(number) for number in range(len(names))]
 
     def digest(self) -> str:
         """A checksum of the file's content and of the options for reading it."""
-        options = (*self.columns, self.joined, self.escaped, *self.label_folders, file_format(self.path))
+        options = (*self.columns, self.joined, self.escaped, *self.label_folders, file_format(self.path), *(self.dialect or ()))
         if not self.label_folders:
             parts = [sha256(self.path)]
         else:
-            parts = [part for _, path in self._folder_files() for part in (path.name, sha256(path))]
+            parts = [part for label, path in self._folder_files() for part in (label, path.name, sha256(path))]
         return hashlib.sha256(json.dumps([options, parts]).encode()).hexdigest()
 
     def _read_fields(self) -> Iterator[tuple[int, list[str]]]:
-        """Yields the line number and the selected columns of each row."""
-        lines = read_lines(self.path)
-        match file_format(self.path):
-            case "jsonl":
-                for number, line in enumerate(lines, 1):
-                    yield number, self._select_fields(number, _parse_object(line, self.path, number))
-            case "csv":
-                yield from self._select_columns(_parse_csv(lines, self.path))
-            case _:
-                yield from self._select_columns((n, line.rstrip("\r\n").split("\t")) for n, line in enumerate(lines, 1))
+        """Yields the number and the selected columns of each row."""
+        format = file_format(self.path)
+        if format in DIALECTS:
+            yield from self._select_columns(read_table(self.path, self.dialect or DIALECTS[format]))
+            return
+        for number, values in read_objects(self.path, map(str, self.all_columns)):
+            yield number, self._select_fields(number, values)
 
     def _select_columns(self, records: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str]]]:
         """Reads the header, if there is one, and yields the selected columns of each row."""
@@ -190,31 +224,33 @@ class ExampleFile:
     def _column_indices(self, number: int, first_row: list[str]) -> list[int]:
         """The positions of the selected columns, given the first row."""
         if not self.has_header:
-            indices = [int(column) for column in self.columns]
+            indices = [int(column) for column in self.all_columns]
             if max(indices) >= len(first_row):
                 raise self.error(number, f"{plural(len(first_row), 'field')}; expected at least {max(indices) + 1}")
             return indices
         if "\r" in "".join(first_row):
             raise self.error(number, OLD_MAC_LINE_ENDINGS)
-        for column in self.columns:
+        columns = self.all_columns
+        for column in columns:
             if column not in first_row:
                 raise self.error(number, f"no column {column!r}; the columns are {format_list(first_row)}")
             if first_row.count(str(column)) > 1:
                 raise self.error(number, f"duplicate column {column!r}; rename one of them")
-        return [first_row.index(str(column)) for column in self.columns]
+        return [first_row.index(str(column)) for column in columns]
 
     def _select_fields(self, number: int, values: dict[str, Any]) -> list[str]:
         """The selected columns of a JSON object; labels may be numbers or booleans."""
         fields = []
-        for column in self.columns:
+        for i, column in enumerate(self.all_columns):
             if column not in values:
                 raise self.error(number, f"no field {column!r}; the fields are {format_list(values)}")
-            value = values[str(column)]
-            is_label = column == self.label_column
-            if not isinstance(value, str) and not (is_label and isinstance(value, bool | int | float)):
+            value, is_extra, is_label = values[str(column)], i >= len(self.columns), column == self.label_column
+            if not isinstance(value, str) and not is_extra and not (is_label and isinstance(value, bool | int | float)):
                 expected = "a string or number" if is_label else "a string"
-                raise self.error(number, f"{column!r} is {json.dumps(value)[:60]}; expected {expected}")
-            text = value if isinstance(value, str) else json.dumps(value)
+                if isinstance(value, dict) and file_format(self.path) == "json":
+                    expected += "; write a list of objects, one per example (in pandas, orient='records')"
+                raise self.error(number, f"{column!r} is {_to_json(value)[:60]}; expected {expected}")
+            text = value if isinstance(value, str) else _to_json(value)
             if not is_utf8(text):
                 raise self.error(number, f"{column!r} contains a lone surrogate, which is not a valid character")
             fields.append(text)
@@ -243,151 +279,11 @@ class ExampleFile:
             yield Example(text.rstrip("\r\n"), None, label, str(path))
 
 
-# --- file names and columns -------------------------------------------------------------------------------------------
-
-
-def is_gzipped(path: Path) -> bool:
-    """Whether a file's name ends in .gz."""
-    return path.suffix.lower() == ".gz"
-
-
-def file_format(path: Path) -> str:
-    """The format that a file's name indicates: "tsv", "csv" or "jsonl"; "" for any other."""
-    suffix = (path.with_suffix("") if is_gzipped(path) else path).suffix.lower()
-    return {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl"}.get(suffix, "")
-
-
-def check_file(path: Path, parameter: str) -> None:
-    """Checks that a file exists and that its name indicates a format.
-
-    Args:
-        parameter: the parameter or option that contains the path, for the error message.
-
-    Raises:
-        FunnelError: the file does not exist, is not a regular file, or has an unknown extension.
-    """
-    if not os.path.exists(path):  # Path.exists raises for a name that is too long
-        hint = "" if file_format(path) else f"; {EXPECTED_FORMAT}"
-        raise FunnelError(f"{parameter} {path}: no such file{hint}", parameter)
-    if not file_format(path):
-        raise FunnelError(f"{parameter} {path}: unknown file format; {EXPECTED_FORMAT}", parameter)
-    if not os.path.isfile(path):
-        kind = "a folder" if os.path.isdir(path) else "a pipe or device"
-        raise FunnelError(f"{parameter} {path}: expected a file, found {kind}", parameter)
-
-
-def read_column_names(path: Path) -> list[str]:
-    """The column names of a file: its header, or the fields of its first JSON object.
-
-    Raises:
-        FunnelError: the first row is missing or malformed.
-    """
-    first = next(read_lines(path), "")
-    if not first:
-        raise FunnelError(f"{path}: empty; expected a header and one example per line")
-    if "\r" in first.rstrip("\r\n"):
-        raise _line_error(path, 1, OLD_MAC_LINE_ENDINGS)
-    if not first.strip():
-        raise _line_error(path, 1, "blank line; remove it")
-    match file_format(path):
-        case "jsonl":
-            return list(_parse_object(first, path, 1))
-        case "csv":
-            return next(_parse_csv(read_lines(path), path))[1]
-        case _:
-            return first.rstrip("\r\n").split("\t")
-
-
 # --- text and values --------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """Yields the lines of a UTF-8 text file, with their line endings and without a byte-order mark.
-
-    Raises:
-        FunnelError: the file cannot be read, or as in `decode_lines`.
-    """
-    with os_errors(path), cast(BinaryIO, gzip.open(path) if is_gzipped(path) else path.open("rb")) as file:
-        yield from decode_lines(file, path)
-
-
-def decode_lines(file: BinaryIO, name: str | Path) -> Iterator[str]:
-    """Yields the lines of an open UTF-8 file, with their line endings and without a byte-order mark.
-
-    Args:
-        name: the file's name in error messages.
-
-    Raises:
-        FunnelError: a line cannot be read, is not UTF-8, contains a NUL byte, or exceeds `MAX_LINE_BYTES`.
-    """
-    for number in itertools.count(1):
-        try:
-            line = file.readline(MAX_LINE_BYTES + 1)
-        except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
-            raise _line_error(name, number, f"cannot read ({error_reason(error)})") from None
-        if not line:
-            return
-        if len(line) > MAX_LINE_BYTES:
-            raise _line_error(name, number, f"longer than {MAX_LINE_BYTES:,} bytes; is this a text file?")
-        if number == 1 and line.startswith(b"\x1f\x8b"):
-            raise FunnelError(f"{name}: gzip-compressed, but the name does not end in .gz; rename the file")
-        if b"\0" in line:
-            hint = "; if the file is UTF-16, convert it to UTF-8" if number == 1 else ""
-            raise _line_error(name, number, f"contains a NUL byte{hint}")
-        try:
-            yield (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode("utf-8")
-        except UnicodeDecodeError as error:
-            message = f"not UTF-8 text (byte {error.start} of the line); if the file is Latin-1, convert it to UTF-8"
-            raise _line_error(name, number, message) from None
-
-
-def _parse_csv(lines: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields the first line number and the fields of each csv record."""
-    csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader(lines, strict=True)
-    last_line = 0
-    try:
-        for fields in reader:
-            if not fields:
-                raise _line_error(path, reader.line_num, "blank line; remove it")
-            yield last_line + 1, fields
-            last_line = reader.line_num
-    except csv.Error as error:
-        if "new-line" in str(error):
-            message = "invalid csv (a CR outside quotes); convert the line endings to LF"
-        else:
-            message = f"invalid csv ({error}); write a quote inside a field as two quotes"
-        raise _line_error(path, last_line + 1, message) from None
-
-
-def _parse_object(line: str, path: Path, number: int) -> dict[str, Any]:
-    """The fields of one line of a jsonl file."""
-    if not line.strip():
-        raise _line_error(path, number, "blank line; remove it")
-    try:
-        values = json.loads(line.rstrip("\r\n"), object_pairs_hook=_reject_duplicates)
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg.removesuffix(' at')} at character {error.colno}"
-        raise _line_error(path, number, f"invalid JSON ({reason})") from None
-    except (ValueError, RecursionError) as error:  # a duplicate field, or a number with thousands of digits
-        raise _line_error(path, number, f"invalid JSON ({error_reason(error)})") from None
-    if not isinstance(values, dict):
-        raise _line_error(path, number, f"expected a JSON object, found {type(values).__name__}")
-    return values
-
-
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Builds a JSON object; `json` itself would keep the last of several fields with the same name."""
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"duplicate field {name!r}")
-        values[name] = value
-    return values
-
-
-def _line_error(path: str | Path, number: int, message: str) -> FunnelError:
-    return FunnelError(f"{path}, line {number}: {message}")
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)  # parquet files have dates and decimal numbers
 
 
 def is_utf8(text: str) -> bool:
@@ -409,3 +305,9 @@ def parse_score(label: str) -> float | None:
     except ValueError:
         return None
     return score if abs(score) <= MAX_SCORE else None
+
+
+def normalize_label(label: str) -> str | float:
+    """A value that labels have in common if they differ only in case, spaces or number format ("1", "1.0")."""
+    score = parse_score(label)
+    return score if score is not None else " ".join(label.casefold().split())

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from funnel.data.files import read_lines
+from funnel.data.formats import read_lines
 from funnel.errors import FunnelError, plural
 from funnel.io import os_errors
 

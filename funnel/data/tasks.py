@@ -10,15 +10,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from funnel.data import demo
-from funnel.data.custom import PROBLEMS, choose_columns, infer_labels
+from funnel.data.custom import PROBLEMS, ColumnChoice, find_files, infer_labels, open_dev_file, open_examples
 from funnel.data.download import Archive, fetch
-from funnel.data.files import Column, ExampleFile, InMemoryExamples, check_file, file_format
+from funnel.data.files import Column, ExampleFile, InMemoryExamples
+from funnel.data.formats import check_file
 from funnel.data.mrpc import build_mrpc
-from funnel.errors import FunnelError
+from funnel.errors import FunnelError, format_list
 from funnel.io import cache_dir
 from funnel.options import check_options, option
 
 CUSTOM = "custom"  # name of a task made of the user's own files
+CLASSIFICATION_METRICS = ("accuracy", "f1 (macro)")  # of the user's own files
+REGRESSION_METRICS = ("pearson", "spearman", "rmse")
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,15 @@ class Task:
         name: identifier.
         title: the benchmark's name, for messages; also the name of the task's folder in a copy of GLUE.
         labels: label names by the label as written in the file, in the order of their ids; None for regression.
-        metrics: names from `funnel.training.metrics.METRICS`. The first one selects the best checkpoint.
-        batch_size, epochs, learning_rate, max_length: default hyperparameters.
+        metrics: names as in `funnel.training.metrics.get_metric`. The first one selects the best checkpoint.
+        batch_size, epochs, learning_rate, max_length: default hyperparameters for pretrained weights.
         files: labeled examples by split: "train" and "dev", and further sets to evaluate on ("dev_mismatched"). Custom
             tasks may lack "dev". Paths are relative to the task's folder until `locate_files` has found it.
         tests: unlabeled files, by the file name that the GLUE server expects for their predictions.
         archives: what to download.
         build: adds files to the unpacked archives, as in `funnel.data.download.fetch`.
         description: summary of custom files, to be printed; "" for other tasks.
+        warnings: suspected problems with custom files, one line each.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Task:
     archives: tuple[Archive, ...] = ()
     build: Callable[[Path, Path], None] | None = None
     description: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def label_names(self) -> list[str] | None:
@@ -70,9 +75,11 @@ class Task:
 
     @property
     def text_columns(self) -> tuple[Column, ...]:
-        """The columns of the text, or of the two texts of a pair."""
+        """The columns of the text, or of the two texts of a pair; none for a text that is joined from several columns."""
         train = self.files.get("train")
-        return train.text_columns if isinstance(train, ExampleFile) else ("sentence",)
+        if not isinstance(train, ExampleFile):
+            return ("sentence",)
+        return () if train.joined else train.text_columns
 
 
 # --- the table of tasks -----------------------------------------------------------------------------------------------
@@ -141,11 +148,11 @@ def _find_folder(folder: Path, name: str) -> Path | None:
 # Batch sizes and epochs: table 8 of the paper. Learning rates: the README of github.com/laiguokun/Funnel-Transformer (1e-5
 # for SST-2, CoLA and MNLI, 2e-5 for QNLI and QQP); for the other tasks the middle of the paper's grid {1e-5, 2e-5, 3e-5}.
 # WNLI is not in the paper; it has RTE's settings. Metrics: as GLUE reports them. Checksums: as published by TensorFlow
-# Datasets and torchtext; for fast.ai's archives only sizes are published.
+# Datasets and torchtext; for fast.ai's archives only sizes are published. The learning rates are for pretrained weights.
 # Positional numbers: batch size, epochs, learning rate, maximum length (default 128).
 _TASKS = (
-    # The demo's hyperparameters are the best of those tried for training from scratch.
-    Task("demo", "demo", SENTIMENT, ("accuracy", "f1"), 64, 2, 5e-4),
+    # The demo's batch size and epochs are the best of those tried for training from scratch.
+    Task("demo", "demo", SENTIMENT, ("accuracy", "f1"), 64, 2, 2e-5),
     # CoLA's files have no header: source, label, the author's original mark, sentence.
     Task("cola", "CoLA", ACCEPTABILITY, ("matthews", "accuracy"), 16, 10, 1e-5,
          files=_glue_files((3,), 1), tests={"CoLA": _tsv("test", SENTENCE)},
@@ -162,7 +169,7 @@ _TASKS = (
                      "sha256:a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"),
              Archive(f"{GLUE_URL}/mrpc_dev_ids.tsv",
                      "sha256:971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"))),
-    Task("stsb", "STS-B", None, ("pearson", "spearman"), 16, 10, 2e-5,
+    Task("stsb", "STS-B", None, REGRESSION_METRICS, 16, 10, 2e-5,
          files=_glue_files(SENTENCE_PAIR, "score"), tests={"STS-B": _tsv("test", SENTENCE_PAIR)},
          archives=_glue_archive("STS-B", "md5:d573676be38f1a075a5702b90ceab3de")),
     Task("qqp", "QQP", DUPLICATE, ("accuracy", "f1"), 64, 5, 2e-5,
@@ -271,26 +278,43 @@ def _download(task: Task) -> Path:
 
 @dataclass(frozen=True)
 class TaskArgs:
-    """The options that select a task and its files."""
+    """The options that select a task and its files.
+
+    Raises:
+        FunnelError: a value is invalid, the task is unknown, `dev` is combined with `dev_share`, an option for custom files is
+            set for another task, or the metric does not apply to the task (that of custom files is checked by `load_task`).
+    """
 
     task: str | None = option(
-        None, f"one of {', '.join(TASKS)}; default: demo, or a custom task if the data is a file", metavar="NAME"
+        None, f"one of {', '.join(TASKS)}; default: demo, or a custom task if data is given", metavar="NAME"
     )
     data: Path | None = option(
         None,
-        "folder with the task's files as published (default: download them), or your own .tsv, .csv or .jsonl file",
+        "folder with the task's files as published (default: download them), or, without a task, your own .csv, .tsv, "
+        ".jsonl, .json or .parquet file, or a folder with a train and a dev file",
         metavar="PATH",
     )
     dev: Path | None = option(None, "your own file to evaluate on (default: a random split of the data)", metavar="FILE")
     dev_share: float | None = option(
         None, "fraction of your own data to evaluate on, stratified by class (default: 0.1)", bounds="(0, 1)", metavar="SHARE"
     )
-    text_column: str | None = option(None, "column of the texts in your own data (default: text or sentence)", metavar="NAME")
+    text_column: str | None = option(
+        None, "column of the texts in your own data; 0, 1, … if it has no header (default: text or sentence)", metavar="NAME"
+    )
     text_pair_column: str | None = option(
         None, "column of the second texts, for tasks on pairs (default: none)", metavar="NAME"
     )
     label_column: str | None = option(None, "column of the labels in your own data (default: label)", metavar="NAME")
     problem: str | None = option(None, "kind of task (default: inferred from the labels)", choices=PROBLEMS)
+    metric: str | None = option(
+        None,
+        "metric that selects the best checkpoint: accuracy, f1, 'f1 (macro)', 'f1 (LABEL)', matthews, pearson, spearman, rmse "
+        "or loss (default: the task's; your own data: accuracy or pearson)",
+        metavar="NAME",
+    )
+    positive_label: str | None = option(
+        None, "class of your own data whose F1 is computed (default: the mean F1 of all classes)", metavar="LABEL"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -300,37 +324,84 @@ class TaskArgs:
             raise FunnelError("dev_share cannot be combined with a dev file; use one of them", "dev_share")
         if self.task is None and self.data is not None:
             return
-        for name in ("dev", "dev_share", "text_column", "text_pair_column", "label_column", "problem"):
+        for name in ("dev", "dev_share", "text_column", "text_pair_column", "label_column", "problem", "positive_label"):
             if getattr(self, name) is not None:
-                raise FunnelError(f"{name} only applies to your own data; pass a file as data and leave task unset", name)
+                reason = f"task {self.task} defines its own" if self.task else "none is given"
+                raise FunnelError(f"{name} only applies to your own data; {reason}", name)
+        if self.metric is not None:
+            _with_metric(get_task(self.task or "demo"), self.metric)
 
 
 def load_task(args: TaskArgs) -> Task:
     """The selected task with its files located, downloaded if necessary. Custom files are summarized in `description`.
 
     Raises:
-        FunnelError: a file is missing, malformed or cannot be downloaded.
+        FunnelError: a file is missing, malformed or cannot be downloaded, or the metric does not apply to the task.
     """
+    task = _locate_task(args)
+    return task if args.metric is None else _with_metric(task, args.metric)
+
+
+def _locate_task(args: TaskArgs) -> Task:
     if args.task is None and args.data is not None:
         return _custom_task(args, args.data)
-    if args.data is not None and file_format(args.data) and not os.path.isdir(args.data):
-        message = f"task {args.task}: expected a folder as data, found a file; omit task to use your own file"
-        raise FunnelError(message, "task")
+    if args.data is not None and os.path.isfile(args.data):
+        found = f"expected a folder as data, found a file ({args.data.name})"
+        raise FunnelError(f"task {args.task}: {found}; to train on your own file, pass no task", "task")
     return locate_files(get_task(args.task or "demo"), args.data)
+
+
+def _with_metric(task: Task, metric: str) -> Task:
+    """The task with `metric` as the one that selects the best checkpoint.
+
+    Args:
+        metric: "f1" stands for the task's F1, whichever it is.
+
+    Raises:
+        FunnelError: the metric does not apply to the task.
+    """
+    if task.label_names is None:
+        names = ["pearson", "spearman", "rmse", "loss"]
+    else:
+        names = ["accuracy", "matthews", "loss", "f1 (macro)", *(f"f1 ({label})" for label in task.label_names)]
+    own_f1 = next((name for name in task.metrics if name.startswith("f1")), None)
+    chosen = own_f1 if metric == "f1" and own_f1 else metric
+    if chosen not in {*names, own_f1}:
+        choices = format_list(["f1", *names] if own_f1 else names)
+        raise FunnelError(f"metric {metric!r} does not apply to {task.title}; choose from {choices}", "metric")
+    return replace(task, metrics=tuple(dict.fromkeys([chosen, *task.metrics])))
 
 
 def _custom_task(args: TaskArgs, data: Path) -> Task:
     """A task made of the user's own files; its hyperparameters are those of QNLI and AG News."""
-    if os.path.isdir(data):
-        raise FunnelError(f"data {data} is a folder; choose the task whose files it contains", "data")
-    check_file(data, "data")
+    paths = find_files(data) if os.path.isdir(data) else {"train": data}
     if args.dev is not None:
-        check_file(args.dev, "dev")
-    train = choose_columns(data, args.text_column, args.text_pair_column, args.label_column)
+        paths["dev"] = args.dev
+    if args.dev_share is not None and "dev" in paths:
+        raise FunnelError(f"dev_share cannot be combined with the dev file {paths['dev']}; use one of them", "dev_share")
+    for path in paths.values():
+        check_file(path, "dev" if path == args.dev else "data")  # before either is read
+    train = open_examples(paths["train"], ColumnChoice(args.text_column, args.text_pair_column, args.label_column))
+    files = {"train": train}
+    if "dev" in paths:
+        files["dev"] = open_dev_file(paths["dev"], train, "data" if args.dev is None else "dev")
     labels = infer_labels(train, args.problem)
-    if labels.names is None:
-        metrics: tuple[str, ...] = ("pearson", "spearman")
-    else:
-        metrics = ("accuracy", "f1" if len(labels.names) == 2 else "macro_f1")
-    files = {"train": train} if args.dev is None else {"train": train, "dev": replace(train, path=args.dev)}
-    return Task(CUSTOM, data.name, labels.names, metrics, 32, 3, 2e-5, files=files, description=labels.description)
+    metrics = REGRESSION_METRICS if labels.names is None else CLASSIFICATION_METRICS
+    if args.positive_label is not None:
+        metrics = ("accuracy", f"f1 ({_check_positive_label(args.positive_label, labels.names)})")
+    lines = [*dict.fromkeys(file.description for file in files.values()), labels.description]
+    task = Task(CUSTOM, data.resolve().name, labels.names, metrics, 32, 3, 2e-5, files=files, warnings=labels.warnings)
+    return replace(task, description="\n".join(lines))
+
+
+def _check_positive_label(label: str, names: Mapping[str, str] | None) -> str:
+    """Returns the label, if it is one of the classes."""
+    if names is None:
+        raise FunnelError(f"positive_label {label!r}: the labels are scores, not classes; omit it", "positive_label")
+    if label not in names.values():
+        raise FunnelError(f"unknown positive_label {label!r}; choose from {format_list(names.values())}", "positive_label")
+    if label == "macro":
+        raise FunnelError(
+            "positive_label 'macro': 'f1 (macro)' is the mean over all classes; rename the label", "positive_label"
+        )
+    return label

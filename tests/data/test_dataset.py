@@ -126,6 +126,33 @@ def test_invalid_label_raises_an_error_with_line_and_leaves_no_files(label, labe
     assert list((cache_dir() / "encoded").iterdir()) == []
 
 
+def test_unknown_label_that_differs_in_spelling_only_is_pointed_out(tokenizer):
+    source = InMemoryExamples(["a"], None, ["1.0"])
+    with pytest.raises(FunnelError, match=r"unknown label '1.0'; .*; only case, spaces or number format differ from '1'"):
+        encode_examples(source, LABELS, tokenizer, 12)
+
+
+def test_texts_of_unknown_or_special_tokens_are_counted_with_a_cold_and_a_warm_cache(tokenizer):
+    special = {role: tokenizer.names[role] for role in ("cls", "sep", "pad", "mask")}
+    texts = ["a film", "漢字 漢", "q" * 300_000, f"a {special['sep']} b", "", special["mask"], "a 漢"]
+    names = ", ".join(special.values())
+    expected = (
+        f"2 texts of unknown words only: all tokens are {tokenizer.names['unk']}, such as '漢字 漢'",
+        f"2 texts with a special token inside ({names}), which is encoded as that token, such as 'a {special['sep']} b'",
+    )
+    for source in (InMemoryExamples(texts, None, ["0"] * 7), InMemoryExamples(texts, texts, ["0"] * 7)):
+        for _ in range(2):
+            assert encode_examples(source, LABELS, tokenizer, 20).warnings == expected
+
+
+def test_equal_texts_have_equal_hashes(tokenizer):
+    dataset = encode_examples(InMemoryExamples(["a", "b", "a"], None, ["0", "1", "1"]), LABELS, tokenizer, 12)
+    assert dataset.hashes[0] == dataset.hashes[2] != dataset.hashes[1]
+    pairs = encode_examples(InMemoryExamples(["a", "a"], ["b", "c"], ["0", "1"]), LABELS, tokenizer, 12)
+    assert len({*pairs.hashes, *dataset.hashes}) == 4
+    assert dataset.split(0.34, seed=0)[1].hashes.dtype == np.uint64
+
+
 def test_cache_depends_on_content_tokenizer_length_and_labels(tokenizer, tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl", [{"text": "good film", "label": "1"}, {"text": "bad", "label": "0"}])
     first = rows_of(encode_examples(source, LABELS, tokenizer, 12))
@@ -260,7 +287,7 @@ def test_batches_iterate_over_consecutive_epochs(dataset):
 
 def test_batch_order_matches_published_results():
     lengths = np.random.default_rng(5).integers(3, 90, 1000).astype(np.int32)
-    rows = Rows(lengths, lengths, lengths, lengths)
+    rows = Rows(lengths, lengths, lengths, lengths, lengths)
     batches = Dataset(lengths, rows, 0, Truncation()).training_batches(8, seed=7, epoch=2)
     digest = hashlib.sha256(json.dumps([batch.tolist() for batch in batches]).encode()).hexdigest()
     assert digest == "09237a00e74b222d9d8eaaf52f1af891080ff45b3438e41fac552431285a3a41"

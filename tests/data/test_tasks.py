@@ -18,6 +18,7 @@ from funnel.data.download import Archive
 from funnel.data.files import ExampleFile
 from funnel.data.tasks import TASKS, TaskArgs, get_task, load_task, locate_files
 from funnel.errors import FunnelError
+from funnel.training.metrics import get_metric
 
 # A few rows of every file as distributed. Per task: {file: content}, the texts and the labels of train, the number of rows of
 # the evaluation sets, and the number of rows of the unlabelled files.
@@ -220,9 +221,9 @@ def test_errors_name_missing_files_and_folders(tmp_path):
         locate_files(get_task("sst2"), tmp_path)
 
 
-def test_data_without_a_task_must_be_a_file(tmp_path):
+def test_data_without_a_task_must_have_a_training_file(tmp_path):
     for path, message in (
-        (tmp_path, "is a folder; choose the task whose files it contains"),
+        (tmp_path, "no training file in this folder; expected train.csv"),
         (tmp_path / "none", "none: no such file; expected a .tsv"),
     ):
         with pytest.raises(FunnelError, match=f"data .*{message}") as error:
@@ -311,3 +312,22 @@ def test_concurrent_calls_download_an_archive_once(tmp_path, monkeypatch):
         assert_matches(pool.submit(locate_files, TASKS["rte"], None).result(), LAYOUTS["rte"])
         assert_matches(first.result(), LAYOUTS["rte"])
     assert len(urls) == 1
+
+
+def test_every_metric_of_a_task_exists():
+    for task in TASKS.values():
+        for name in task.metrics:
+            assert get_metric(name, task.label_names or ()) is not None
+
+
+def test_a_named_task_keeps_glues_f1():
+    assert load_task(TaskArgs(metric="f1")).metrics == ("f1", "accuracy")
+
+
+@pytest.mark.parametrize("metric", ["f1", "pearson"])
+def test_a_metric_that_a_named_task_lacks_is_rejected_before_any_file_is_read(metric):
+    with pytest.raises(
+        FunnelError, match=f"metric '{metric}' does not apply to RTE; choose from accuracy, matthews, loss"
+    ) as error:
+        TaskArgs(task="rte", metric=metric)
+    assert error.value.parameter == "metric"

@@ -1,9 +1,14 @@
 """The tokenizer agrees with transformers' FunnelTokenizer on the same vocabularies."""
 
+import itertools
+import json
+
+import numpy as np
 import pytest
 from conftest import shared  # noqa: F401 (the minilm fixture uses it)
+from tokenizers import Tokenizer
 
-from funnel.data.tokenizer import FunnelTokenizer
+from funnel.data.tokenizer import Encoding, FunnelTokenizer
 from funnel.errors import FunnelError
 
 WORDS = "the film was not good but un ##aff ##able na ##ive cafe ##s 東 京 ! , . ' - a b c d ##a ##b ##c ##d 1 ##2 😀".split()
@@ -98,8 +103,26 @@ def test_longer_text_of_a_pair_is_truncated_first(vocabulary):
     tokenizer = FunnelTokenizer.load(vocabulary)
     (encoding,) = tokenizer.encode(["a b c d a b c d"], ["a b"], 9)
     assert encoding.token_type_ids == [2, 0, 0, 0, 0, 0, 1, 1, 1]
-    assert encoding.truncated
-    assert not tokenizer.encode(["a b"], ["a b"], 9)[0].truncated
+    assert encoding.full_length == 13
+    assert tokenizer.encode(["a b"], ["a b"], 9)[0].full_length == 7
+
+
+@pytest.mark.parametrize("n_first", [0, 1, 2, 3, 4, 5, 9])
+def test_pairs_are_truncated_as_by_the_library(vocabulary, n_first):
+    tokenizer = FunnelTokenizer.load(vocabulary)
+    library = Tokenizer.from_str(tokenizer.tokenizer.to_str())
+    for n_second, max_length in itertools.product((0, 1, 2, 3, 4, 5, 9), range(4, 12)):
+        library.enable_truncation(max_length, strategy="longest_first")
+        pair = " ".join("a" * n_first), " ".join("b" * n_second)
+        expected = library.encode(*pair)
+        (encoding,) = tokenizer.encode([pair[0]], [pair[1]], max_length)
+        assert encoding == Encoding(expected.ids, expected.type_ids, n_first + n_second + 3)
+
+
+def test_long_pairs_are_encoded_in_linear_time(vocabulary):
+    """The library's own truncation combines all parts that it cuts off: hundreds of millions here."""
+    (encoding,) = FunnelTokenizer.load(vocabulary).encode(["a " * 100_000], ["b " * 100_000], 16)
+    assert (len(encoding.input_ids), encoding.full_length) == (16, 200_003)
 
 
 def test_empty_text_is_encoded_as_cls_and_sep(vocabulary):
@@ -157,3 +180,119 @@ def test_call_pads_to_the_longest_text():
     assert batch["input_ids"].tolist() == [long.input_ids, short.input_ids + [tokenizer.pad_id] * 2]
     assert batch["attention_mask"].tolist() == [[1] * (n + 2), [1] * n + [0, 0]]
     assert batch["token_type_ids"].tolist() == [long.token_type_ids, [*short.token_type_ids, 0, 0]]
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained() -> FunnelTokenizer:
+    return FunnelTokenizer.train(["a good film"] * 5)
+
+
+class Series:
+    """Like a pandas Series: its truth value is ambiguous, and an index need not be a position."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __iter__(self):
+        return iter(self.values)
+
+    def __bool__(self):
+        raise ValueError("ambiguous")
+
+    def __getitem__(self, _):
+        raise KeyError
+
+
+@pytest.mark.parametrize("convert", [tuple, iter, np.array, Series])
+def test_any_iterable_of_strings_is_encoded(convert, trained):
+    texts, pairs = ["a good film", "film"], ["good", "a"]
+    assert trained.encode(convert(texts), convert(pairs)) == trained.encode(texts, pairs)
+    assert trained(convert(texts))["input_ids"].shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("film",), "texts has type str: expected a list of strings"),
+        ((b"film",), "texts has type bytes"),
+        ((None,), "texts has type NoneType"),
+        ((3,), "texts has type int"),
+        (({"a": 1},), "texts has type dict"),
+        ((np.array([["a", "b"]]),), "texts has type ndarray: expected a list of strings or a 1-d array"),
+        (([1],), r"texts\[0\] has type int \(1\): expected a string"),
+        ((["a", None],), r"texts\[1\] has type NoneType"),
+        (([["a", "b"]],), r"texts\[0\] has type list"),
+        ((["a"], "b"), "pairs has type str"),
+        ((["a"], [2.5]), r"pairs\[0\] has type float"),
+        ((["a"], ["b", "c"]), "1 text but 2 second texts: pairs needs one for each text"),
+        ((["a"], []), "1 text but 0 second texts"),
+    ],
+)
+def test_other_arguments_are_errors(arguments, message, trained):
+    for encode in (trained, trained.encode):
+        with pytest.raises(FunnelError, match=message):
+            encode(*arguments)
+
+
+def test_no_texts_have_no_encodings_and_no_batch(trained):
+    assert trained.encode([]) == trained.encode([], []) == []
+    with pytest.raises(FunnelError, match="texts is empty"):
+        trained([])
+
+
+# --- special tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_in_texts_can_be_escaped(vocabulary, tmp_path):
+    tokenizer = FunnelTokenizer.load(vocabulary)
+    sep = tokenizer.names["sep"]
+    assert tokenizer.encode([f"film {sep}"])[0].input_ids.count(tokenizer.ids["sep"]) == 2
+
+    out = tmp_path / "out"
+    out.mkdir()
+    tokenizer.escape_special_tokens().save(out)
+    escaped = FunnelTokenizer.load(out)
+    assert (escaped.names, escaped.ids) == (tokenizer.names, tokenizer.ids)
+    assert escaped.encode([f"film {sep}"])[0].input_ids.count(escaped.ids["sep"]) == 1
+    assert escaped.encode(["film not good"], ["film"]) == tokenizer.encode(["film not good"], ["film"])
+    assert escaped.decode(escaped.encode(["the film"])[0].input_ids) == "the film"
+
+
+def test_transformers_escapes_special_tokens_too(vocabulary, tmp_path):
+    escaped = FunnelTokenizer.load(vocabulary).escape_special_tokens()
+    for name in ("out", "again"):
+        (tmp_path / name).mkdir()
+    escaped.save_for_transformers(tmp_path / "out")
+    peer = load_with_transformers(tmp_path / "out")
+    assert_agrees(escaped, peer, TEXTS, TEXTS[::-1])
+    peer.save_pretrained(tmp_path / "again")
+    assert FunnelTokenizer.load(tmp_path / "again").encode(TEXTS) == escaped.encode(TEXTS)
+
+
+def test_transformers_adds_no_tokens_and_truncates_identically(vocabulary, tmp_path):
+    tokenizer = FunnelTokenizer.load(vocabulary)
+    out = tmp_path / "out"
+    out.mkdir()
+    tokenizer.save_for_transformers(out, max_length=6)
+    peer = load_with_transformers(out)
+    assert len(peer) == tokenizer.vocab_size
+    texts = ["<s> the film </s>", "the film was not good"]
+    expected = peer(texts, truncation=True)
+    encodings = tokenizer.encode(texts, max_length=6)
+    assert [encoding.input_ids for encoding in encodings] == expected["input_ids"]
+    assert [encoding.token_type_ids for encoding in encodings] == expected["token_type_ids"]
+    tokenizer.save_for_transformers(out)
+    assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 512
+
+
+def test_transformers_keeps_special_tokens_that_the_vocabulary_has(tmp_path):
+    names = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>", "<s>", "</s>", "the", "film"]
+    transformers = pytest.importorskip("transformers")
+    transformers.FunnelTokenizer(vocab={name: i for i, name in enumerate(names)}).save_pretrained(tmp_path / "saved")
+    tokenizer = FunnelTokenizer.load(tmp_path / "saved")
+    tokenizer.save_for_transformers(tmp_path)
+    assert_agrees(tokenizer, load_with_transformers(tmp_path), ["<s>the film</s>"])
+    assert tokenizer.encode(["<s>the film</s>"])[0].input_ids == [2, 5, 7, 8, 6, 3]

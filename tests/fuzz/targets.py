@@ -20,11 +20,12 @@ from funnel.inference import Classifier
 from funnel.model.checkpoint import Checkpoint, read_weight_file, save_checkpoint, save_weights
 from funnel.model.config import FunnelConfig
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.training.run_dir import STATE, RunDir
+from funnel.training.run_dir import STATE, RunDir, read_arguments
 from funnel.training.state import TrainState
 from funnel.weights.huggingface import write_huggingface
 from funnel.weights.load import read_source
 from funnel.weights.surgery import apply_plan, make_plan, read_plan, write_plan
+from train import TrainArgs
 
 CONFIG = FunnelConfig(vocab_size=60, blocks="1,2,1", num_decoder_layers=0, d_model=8, n_head=2, d_head=4, d_inner=8)
 LARGER_CONFIG = CONFIG.replace(blocks="2,2,1,1")
@@ -79,7 +80,8 @@ def write_run_files(folder: Path) -> None:
 def make_run(folder: Path) -> None:
     checkpoint = Checkpoint(CONFIG, make_model().state_dict(), "FunnelForSequenceClassification")
     save_checkpoint(folder / "last", checkpoint, write_run_files)
-    record = {"version": 2, "command": "x", "settings": {"lr": 1e-5, "max_length": 32}}
+    settings = {"lr": 1e-5, "max_length": 32, "steps": 9}
+    record = {"version": 3, "command": "x", "settings": settings, "arguments": {"lr": 1e-5, "data": "x", "blocks": "1"}}
     (folder / "run.json").write_text(json.dumps(record))
     lines = [{"step": step, "split": "train", "loss": 0.5} for step in range(9)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -91,10 +93,10 @@ def predict(folder: Path) -> object:
 
 def resume(folder: Path) -> object:
     run = RunDir(folder)
-    run.check_settings({"lr": 1e-5})
+    arguments = read_arguments(folder, TrainArgs)
     loaded = run.load_last()
-    run.truncate_log(TrainState() if loaded is None else loaded[1])
-    return loaded
+    run.truncate_log(TrainState() if loaded is None else loaded[2])
+    return TrainArgs(**arguments), loaded
 
 
 # --- other formats ----------------------------------------------------------------------------------------------------
@@ -190,6 +192,8 @@ def write_data(path: Path) -> None:
     format_name = path.name.split(".")[1]
     if format_name == "jsonl":
         lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in ROWS]
+    elif format_name == "json":
+        lines = [json.dumps([{"text": text, "label": label} for text, label in ROWS], ensure_ascii=False)]
     elif format_name == "csv":
         lines = ["text,label", *(f'"{text}",{label}' for text, label in ROWS)]
     else:
@@ -207,7 +211,7 @@ def data_target(name: str) -> Target:
     return Target(name, lambda folder: write_data(folder / name), lambda folder: read_data(folder / name))
 
 
-DATA_FILES = ("data.tsv", "data.csv", "data.jsonl", "data.csv.gz", "data.jsonl.gz")
+DATA_FILES = ("data.tsv", "data.csv", "data.jsonl", "data.json", "data.csv.gz", "data.jsonl.gz")
 TARGETS = {
     "config.json": Target("last/config.json", make_run, predict),
     "safetensors": Target("last/model.safetensors", make_run, predict),

@@ -76,14 +76,14 @@ def test_configs_are_rejected_or_survive_a_round_trip(changes):
 @given(st.data())
 def test_any_json_gives_a_result_or_a_clear_error(name, valid_folder, data):
     folder = valid_folder(name)
-    fields = {"layout plan": ["layers"], "run.json": ["version", "command", "settings"]}
+    fields = {"layout plan": ["layers"], "run.json": ["version", "command", "settings", "arguments"]}
     known = fields.get(name, [*CONFIG_FIELDS, "model_type", "hidden_size", "format"])
     content = data.draw(json_values | st.dictionaries(st.sampled_from(known), json_values))
     read_content(name, folder, json.dumps(content).encode())
 
 
 @pytest.mark.parametrize("name", ["safetensors", "tokenizer.json", "vocab.txt", "training_state.pt", "data.tsv", "data.csv",
-                                  "data.jsonl", "data.csv.gz", "metrics.jsonl"])  # fmt: skip
+                                  "data.jsonl", "data.json", "data.csv.gz", "metrics.jsonl"])  # fmt: skip
 @few_examples
 @given(st.data())
 def test_any_bytes_give_a_result_or_a_clear_error(name, valid_folder, data):
