@@ -7,6 +7,7 @@ funnel convert runs/mine out --to onnx                     # one file for onnxru
 """
 
 import argparse
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,10 @@ def main(program: str, arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog=program, description=__doc__.replace("funnel convert", f"python {program}"))
     _add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the full traceback of errors")
-    args = parser.parse_args(arguments)
+    try:
+        args = parser.parse_args(arguments)
+    except SystemExit as end:  # after --help or a usage error
+        return int(end.code or 0)
     return run_command(program, lambda: convert(args.source, args.out, args.to), on_interrupt=ON_INTERRUPT, debug=args.debug)
 
 
@@ -70,21 +74,26 @@ def convert(source: str, out: Path, to: str = "funnel") -> None:
         raise FunnelError(f"{out} already exists; choose a new folder or remove it")
     try:
         folder = resolve(source)
-    except FunnelError as error:
-        raise FunnelError(str(error)) from None  # without the parameter: SOURCE is not a flag
+    except FunnelError as error:  # SOURCE is not a flag
+        message = str(error)
+        raise FunnelError(message.replace("weights", "SOURCE", 1) if error.parameter == "weights" else message) from None
     loaded = read_source(folder)
-    tokenizer = loaded.require_tokenizer()
+    tokenizer = loaded.tokenizer
     _print_source(loaded)
+    if tokenizer is None:
+        warnings.warn(f"{folder}: no tokenizer found; copy the model's tokenizer.json or vocab.txt into {out}", stacklevel=2)
     checkpoint = Checkpoint(loaded.config, loaded.weights, loaded.architecture)
     if to == "funnel":
-        save_checkpoint(out, checkpoint, extra=tokenizer.save)
+        save_checkpoint(out, checkpoint, extra=None if tokenizer is None else tokenizer.save)
     else:
         with atomic_folder(out) as target:
             if to == "huggingface":
                 write_huggingface(target, checkpoint)
-                tokenizer.save_for_transformers(target)
             else:
                 write_onnx(target, checkpoint)
+            if tokenizer is not None and to == "huggingface":
+                tokenizer.save_for_transformers(target, loaded.config.model_max_length)
+            elif tokenizer is not None:
                 tokenizer.save(target)
     num_parameters = sum(tensor.numel() for tensor in loaded.weights.values())
     files = ", ".join(sorted(path.name for path in out.iterdir()))

@@ -96,11 +96,12 @@ def parse_config(values: Mapping[str, Any], path: Path) -> FunnelConfig:
     Raises:
         FunnelError: the format is not this project's, or a field is unknown or invalid.
     """
-    if values.get("format") != FORMAT:
-        raise FunnelError(
-            f"{path}: not a checkpoint of this project (format {values.get('format')!r}, expected {FORMAT!r}); "
-            f"convert it first: python convert_weights.py {path.parent} OUT"
-        )
+    if (path.parent / "model.onnx").is_file():
+        raise FunnelError(f"{path.parent}: an ONNX export, which only onnxruntime reads; use the checkpoint it was made from")
+    if "format" not in values:
+        raise FunnelError(f"{path}: not in this project's format; convert it first: funnel convert {path.parent} OUT")
+    if values["format"] != FORMAT:
+        raise FunnelError(f"{path}: unknown format {values['format']!r}, expected {FORMAT!r}; use the version that wrote it")
     known = {*FunnelConfig().to_dict(), "format", "model_type", "architectures"}
     if unknown := sorted(set(values) - known):
         raise FunnelError(f"{path}: unknown field {unknown[0]!r}; remove it or correct its name")

@@ -4,6 +4,7 @@ The fields are named as in transformers' FunnelConfig, except `blocks`. Nothing 
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from funnel.errors import FunnelError
 
 FORMAT = "funnel-1"  # marks a config.json as this project's, with the version of the format
 MAX_SIZE = 10_000_000  # limit for any dimension, to reject corrupt configs
+EXPECTED_BLOCKS = "layer counts such as 4,4,4 or 6,3x2,3x2, with numbers from 1 to 999"
 MAX_LAYERS = 2_000  # limit for the whole model, to reject corrupt configs
 MAX_RUNS = 20_000  # limit for layers times repeats, to reject corrupt configs
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
-PROBLEM_TYPES = ("single_label_classification", "regression")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
 class BlockSpec(NamedTuple):
@@ -50,7 +52,7 @@ def parse_blocks(text: str) -> tuple[BlockSpec, ...]:
     for part in re.split("[,_]", text):
         match = re.fullmatch(r"\s*([1-9][0-9]{0,2})(?:x([1-9][0-9]{0,2}))?\s*", part, re.ASCII)
         if match is None:
-            raise FunnelError(f"invalid blocks {text!r}: expected layer counts such as 4,4,4 or 6,3x2,3x2", "blocks")
+            raise FunnelError(f"invalid blocks {text!r}: expected {EXPECTED_BLOCKS}", "blocks")
         blocks.append(BlockSpec(int(match[1]), int(match[2] or 1)))
     return tuple(blocks)
 
@@ -83,7 +85,11 @@ class FunnelConfig:
         truncate_seq: mask pairs that are not entirely real tokens.
         pool_q_only: in the layer that halves the sequence, pool the query only, not key and value.
         id2label: names of a classifier's outputs.
-        problem_type: "single_label_classification" or "regression".
+        problem_type: one of `PROBLEM_TYPES`.
+        label_mean, label_std: of a regression's training labels. The head's outputs are multiplied by `label_std` and
+            shifted by `label_mean`, so that scores have the labels' units while weights and gradients stay of order 1.
+        model_max_length: the number of tokens to which texts were truncated in fine-tuning; None if unknown.
+        text_columns: names of the training file's text columns; two for text pairs, none if unknown.
 
     Raises:
         FunnelError: a field has an invalid value; the message names both.
@@ -108,6 +114,10 @@ class FunnelConfig:
     pool_q_only: bool = True
     id2label: dict[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
     problem_type: str = "single_label_classification"
+    label_mean: float = 0.0
+    label_std: float = 1.0
+    model_max_length: int | None = None
+    text_columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _check_blocks(self.blocks))  # the dataclass is frozen
@@ -121,6 +131,13 @@ class FunnelConfig:
         for name in ("hidden_dropout", "attention_dropout", "activation_dropout"):
             value = getattr(self, name)
             self._check(name, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
+        self._check("label_mean", _is_number(self.label_mean) and math.isfinite(self.label_mean), "a finite number")
+        self._check("label_std", _is_number(self.label_std) and 0 < self.label_std < math.inf, "a positive number")
+        length = self.model_max_length
+        self._check("model_max_length", length is None or (_is_int(length) and length > 0), "a positive integer")
+        columns = self.text_columns
+        self._check("text_columns", isinstance(columns, (list, tuple)) and all(isinstance(c, str) for c in columns), "names")
+        object.__setattr__(self, "text_columns", tuple(columns))
         self._check("layer_norm_eps", _is_number(self.layer_norm_eps) and 0 < self.layer_norm_eps < 1, "a number in (0, 1)")
         for name in ("separate_cls", "truncate_seq", "pool_q_only"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
@@ -192,7 +209,7 @@ def _check_blocks(blocks: Any) -> tuple[BlockSpec, ...]:
     except TypeError:
         specs = ()
     if not specs or not all(_is_int(number) and 1 <= number < 1000 for spec in specs for number in spec):
-        raise FunnelError(f"invalid blocks {blocks!r}: expected layer counts such as 4,4,4 or 6,3x2,3x2", "blocks")
+        raise FunnelError(f"invalid blocks {blocks!r}: expected {EXPECTED_BLOCKS}", "blocks")
     layers, runs = sum(spec.layers for spec in specs), sum(spec.runs for spec in specs)
     if layers > MAX_LAYERS or runs > MAX_RUNS:
         raise FunnelError(

@@ -7,10 +7,11 @@ Shapes: b examples, l tokens, p positions of the last block, d = d_model.
 """
 
 import math
+import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,8 @@ class FunnelPreTrainedModel(nn.Module):
         token_type_ids: [b, l], 2 for [CLS], 0 for the first text, 1 for the second; default: 0 everywhere.
 
     Raises:
-        FunnelError: `input_ids` is not [b, l] with l >= 1, or another argument differs from it in shape.
+        FunnelError: `input_ids` is not [b, l] with l >= 1, or another argument differs from it in shape; on a CPU also if
+            an id is outside the vocabulary.
     """
 
     has_decoder: ClassVar[bool]
@@ -72,7 +74,7 @@ class FunnelPreTrainedModel(nn.Module):
             mask, [b, p].
         """
         mask, token_types = self._prepare_inputs(input_ids, attention_mask, token_type_ids)
-        return self.encoder(self.embeddings(input_ids), mask, token_types, cls_only)
+        return self.encoder(self._embed(input_ids), mask, token_types, cls_only)
 
     def encode_and_decode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -84,7 +86,7 @@ class FunnelPreTrainedModel(nn.Module):
         """
         config = self.config
         mask, token_types = self._prepare_inputs(input_ids, attention_mask, token_type_ids)
-        states, last_mask = self.encoder(self.embeddings(input_ids), mask, token_types)
+        states, last_mask = self.encoder(self._embed(input_ids), mask, token_types)
         first_block = states[config.blocks[0].runs]  # [b, l, d]
         upsampled = pooling.upsample(states[-1], last_mask, input_ids.shape[1], config)  # [b, l, d]
         return states + self.decoder(upsampled + first_block, mask, token_types)
@@ -103,6 +105,18 @@ class FunnelPreTrainedModel(nn.Module):
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
         return mask, torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.embeddings(input_ids)
+        try:
+            return self.embeddings(input_ids)
+        except IndexError:  # raised on a CPU; checking on a GPU would have to wait for it
+            size = self.config.vocab_size
+            unknown = int(input_ids[(input_ids < 0) | (input_ids >= size)][0])
+            raise FunnelError(
+                f"input_ids contains {unknown}, but the model has {size} embeddings; use the tokenizer it was trained with"
+            ) from None
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Makes every layer save only its inputs and recompute the rest in the backward pass: less memory, more time."""
@@ -143,7 +157,8 @@ class FunnelPreTrainedModel(nn.Module):
     ) -> Model:
         """Loads pretrained weights, optionally into another layout and with another classifier head.
 
-        Warns if the head is newly initialized because the weights have none, or one with a different number of outputs.
+        A classifier's outputs are matched by name: those that the weights have are kept, in any order. Warns if weights of
+        the head are newly initialized.
 
         Args:
             path_or_hub_id: a checkpoint folder in any supported format, a training run's folder (its best checkpoint is
@@ -164,23 +179,26 @@ class FunnelPreTrainedModel(nn.Module):
         from funnel.weights import surgery  # imported here because funnel.weights imports this module
         from funnel.weights.load import read_source, resolve
 
+        if not isinstance(path_or_hub_id, str | os.PathLike):
+            raise FunnelError(f"invalid path_or_hub_id {path_or_hub_id!r}: expected a string or a path", "path_or_hub_id")
         try:
             folder = best_checkpoint(existing_folder(path_or_hub_id))
         except FunnelError:  # not a folder
             folder = resolve(str(path_or_hub_id))
         source = read_source(folder)
-        config = _with_labels(source.config, num_labels, id2label)
-        weights = source.weights
-        if blocks is None:
-            model = cls(config)
-        else:
-            config = config.replace(blocks=blocks)
-            plan = surgery.make_plan(source.config, config, init, keep)
-            model = cls(config)
+        config = source.config if blocks is None else source.config.replace(blocks=blocks)
+        plan = surgery.make_plan(source.config, config, init, keep)
+        names = _label_names(config, num_labels, id2label)
+        if names != config.id2label:
+            config = surgery.relabel(config, names, _problem_type(config, len(names)))
+        model = cls(config)
+        weights, has_new_outputs, head = surgery.match_labels(source, model)
+        if blocks is not None:
             weights = surgery.apply_plan(weights, plan, model.state_dict())
-        if new := load_weights(model, weights, str(folder)):
-            message = f"{path_or_hub_id}: newly initialized {format_list(new, 4)}; train the head before use"
-            warnings.warn(message, stacklevel=2)
+        new = load_weights(model, weights, str(folder))
+        if new or has_new_outputs:
+            what = head or f"newly initialized {format_list(new, 4)}"
+            warnings.warn(f"{path_or_hub_id}: {what}; train the head before use", stacklevel=2)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -201,20 +219,29 @@ class FunnelPreTrainedModel(nn.Module):
         save_checkpoint(folder, Checkpoint(self.config, self.state_dict(), type(self).__name__), copy_tokenizer)
 
 
-def _with_labels(config: FunnelConfig, num_labels: int | None, id2label: dict[int, str] | None) -> FunnelConfig:
-    """The config with another number of labels, or other names for them."""
-    if num_labels is not None and num_labels < 1:
-        raise FunnelError(f"invalid num_labels {num_labels}: expected at least 1", "num_labels")
+def _label_names(config: FunnelConfig, num_labels: Any, id2label: Any) -> dict[int, str]:
+    """The names of a classifier's outputs, from the arguments of `from_pretrained`."""
+    if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
+        raise FunnelError(f"invalid num_labels {num_labels!r}: expected an integer of at least 1", "num_labels")
     if id2label is None:
         if num_labels is None or num_labels == config.num_labels:
-            return config
-        id2label = {number: f"LABEL_{number}" for number in range(num_labels)}
-    elif num_labels is not None and num_labels != len(id2label):
-        raise FunnelError(f"num_labels is {num_labels}, but id2label has {len(id2label)} names", "num_labels")
-    if len(id2label) == config.num_labels:
-        return config.replace(id2label=id2label)
-    problem_type = "regression" if len(id2label) == 1 else "single_label_classification"
-    return config.replace(id2label=id2label, problem_type=problem_type)
+            return config.id2label
+        return {number: f"LABEL_{number}" for number in range(num_labels)}
+    names = config.replace(id2label=id2label).id2label  # checked and sorted
+    if num_labels is not None and num_labels != len(names):
+        raise FunnelError(f"num_labels is {num_labels}, but id2label has {len(names)} names", "num_labels")
+    if len(set(names.values())) < len(names):
+        raise FunnelError(f"invalid id2label {id2label!r}: expected different names", "id2label")
+    return names
+
+
+def _problem_type(config: FunnelConfig, num_labels: int) -> str:
+    """The problem type with another number of labels: one label means regression."""
+    if num_labels == config.num_labels:
+        return config.problem_type
+    if num_labels == 1:
+        return "regression"
+    return "single_label_classification" if config.problem_type == "regression" else config.problem_type
 
 
 class FunnelBaseModel(FunnelPreTrainedModel):
@@ -250,7 +277,10 @@ class ClassificationHead(nn.Module):
 
 
 class FunnelForSequenceClassification(FunnelPreTrainedModel):
-    """Classifies or scores texts from the last [CLS] state. Returns logits [b, num_labels]; [b, 1] scores for regression."""
+    """Classifies or scores texts from the last [CLS] state.
+
+    Returns logits [b, num_labels]; for regression, scores [b, 1] in the labels' units, in float32.
+    """
 
     has_decoder = False
 
@@ -259,7 +289,10 @@ class FunnelForSequenceClassification(FunnelPreTrainedModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         states, _ = self.encode(input_ids, attention_mask, token_type_ids, cls_only=True)
-        return self.classifier(states[-1][:, 0])
+        logits = self.classifier(states[-1][:, 0])
+        if self.config.problem_type == "regression":
+            return logits.float() * self.config.label_std + self.config.label_mean
+        return logits
 
 
 class FunnelForMultipleChoice(FunnelPreTrainedModel):

@@ -39,11 +39,14 @@ class _Tile(NamedTuple):
 
 
 def _tiles(terms: AttentionTerms) -> list[_Tile]:
-    """Splits the scores [h, b, q, k] into tiles: by heads, then by examples, then by queries, as far as necessary."""
+    """Splits the scores [h, b, q, k] into tiles: by heads, then by examples, then by queries, as far as necessary.
+
+    An empty batch has no tiles.
+    """
     b, q, h, _ = terms.q.shape
     k = terms.k.shape[1]
-    heads = min(max(TILE_SIZE // (b * q * k), 1), h)
-    examples = min(max(TILE_SIZE // (q * k), 1), b)
+    heads = min(max(TILE_SIZE // max(b * q * k, 1), 1), h)
+    examples = max(min(TILE_SIZE // (q * k), b), 1)
     queries = min(max(TILE_SIZE // k, 1), q)
     tiles = []
     for head, example, query in itertools.product(range(0, h, heads), range(0, b, examples), range(0, q, queries)):

@@ -1,13 +1,14 @@
 """Building a classifier: pretrained or random weights, in the requested layout, with a head for the task."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from funnel.data.dataset import Dataset
+from funnel.data.tasks import Task
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError, plural
 from funnel.model.checkpoint import load_weights
@@ -19,7 +20,11 @@ from funnel.weights import surgery
 from funnel.weights.load import OpenedSource, Source, open_source, resolve
 from funnel.weights.surgery import INITS, KEEPS, LayerPlan
 
+MAX_RESCALING = 10  # of a regression head, in deviations; beyond it, the new labels are taken to be in another unit
 RANDOM = "none"  # the value of `weights` for random weights
+# Best of the rates tried on the demo task. The tasks' own rates are for pretrained weights and are too low to train from
+# scratch.
+RANDOM_LEARNING_RATE = 5e-4
 DEMO_CONFIG = FunnelConfig(blocks=parse_blocks("2,2,2"), num_decoder_layers=0, d_model=128, n_head=4, d_head=32, d_inner=512)
 
 
@@ -28,7 +33,8 @@ class WeightsArgs:
     """Options for the initial weights and the layout.
 
     Raises:
-        FunnelError: `blocks` is not a layout, or `layout_plan` is combined with a non-default `init` or `keep`.
+        FunnelError: `blocks` is not a layout, `init` or `keep` is unknown, or `layout_plan` is combined with a non-default
+            `init` or `keep`.
     """
 
     weights: str | None = option(
@@ -45,6 +51,7 @@ class WeightsArgs:
     layout_plan: Path | None = option(
         None, "JSON file with the origin of every layer, instead of init and keep", metavar="FILE"
     )
+    escape_special_tokens: bool = option(False, "treat the names of special tokens in texts, such as [SEP], as ordinary text")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -66,25 +73,49 @@ class BuiltModel(NamedTuple):
         tokenizer: the tokenizer of the weights.
         plan: the origin of every layer.
         origin: one-line description of the weights.
+        has_new_head: whether the classifier's output layer is newly initialized, at least in part.
     """
 
     model: FunnelForSequenceClassification
     tokenizer: FunnelTokenizer
     plan: list[LayerPlan]
     origin: str
+    has_new_head: bool = False
 
     def calibrate(self, dataset: Dataset, num_texts: int = 64) -> None:
         """Calibrates the LayerNorms of identity layers on the first texts of a dataset."""
         batch = dataset.batch(np.arange(min(num_texts, len(dataset))))
         surgery.calibrate_layer_norms(self.model, self.plan, batch.input_ids, batch.attention_mask, batch.token_type_ids)
 
+    def standardize_labels(self, dataset: Dataset) -> None:
+        """Sets a regression's `label_mean` and `label_std` to those of a dataset.
+
+        A trained head is rescaled, so that it predicts the same scores; if the new labels are in another unit, it keeps its
+        standardized scores instead.
+        """
+        config, labels = self.model.config, dataset.labels
+        if config.problem_type != "regression":
+            return
+        mean, std = float(labels.mean(dtype=np.float64)), 1.0
+        if (labels != labels[0]).any():  # else, rounding can give a tiny deviation
+            std = float(labels.std(dtype=np.float64))
+        scale, shift = config.label_std / std, (config.label_mean - mean) / std
+        is_standardized = (config.label_mean, config.label_std) != (0, 1)  # else the outputs themselves have the labels' unit
+        is_same_unit = 1 / MAX_RESCALING < scale < MAX_RESCALING and abs(shift) < MAX_RESCALING
+        if not self.has_new_head and (is_same_unit or not is_standardized):
+            head = self.model.classifier.linear_out
+            with torch.no_grad():
+                head.weight.mul_(scale)
+                head.bias.mul_(scale).add_(shift)
+        self.model.config = config.replace(label_mean=mean, label_std=std)
+
 
 class RandomSource:
-    """A small randomly initialized model in place of a checkpoint, with a tokenizer trained on the given texts."""
+    """A small randomly initialized classifier in place of a checkpoint, with a tokenizer trained on the task's texts."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.tokenizer = FunnelTokenizer.train(texts)
-        self.config = DEMO_CONFIG.replace(vocab_size=self.tokenizer.vocab_size)
+    def __init__(self, task: Task) -> None:
+        self.tokenizer = FunnelTokenizer.train(task.files["train"].iter_texts())
+        self.config = classifier_config(DEMO_CONFIG.replace(vocab_size=self.tokenizer.vocab_size), None, task)
 
     def load(self) -> Source:
         """Initializes the weights; uses PyTorch's global random number generator."""
@@ -95,17 +126,15 @@ class RandomSource:
         return Source("random", Path(), self.config, weights, FunnelForSequenceClassification.__name__, self.tokenizer)
 
 
-def build_classifier(
-    args: WeightsArgs, task_labels: list[str] | None, texts: Iterable[str] = (), bytes_per_weight: int = 4
-) -> BuiltModel:
-    """Builds a classifier from weights, in the requested layout.
+def build_classifier(args: WeightsArgs, task: Task, max_length: int, bytes_per_weight: int = 4) -> BuiltModel:
+    """Builds a classifier for a task from weights, in the requested layout.
 
     Everything that can be checked without the weights is checked before they are read.
 
     Args:
         args: `weights` must be set.
-        task_labels: class names; None for regression.
-        texts: texts to train a tokenizer on, if `weights` is "none".
+        task: its labels become the model's; if `weights` is "none", a tokenizer is trained on its training texts.
+        max_length: the number of tokens to which texts will be truncated, recorded in the config.
         bytes_per_weight: memory needed per weight: 4 for float32, 16 with gradient and AdamW's state.
 
     Raises:
@@ -114,8 +143,8 @@ def build_classifier(
     if args.weights is None:
         raise FunnelError("missing weights: expected a checkpoint folder, a hub id, or none", "weights")
     is_random = args.weights == RANDOM
-    opened: OpenedSource | RandomSource = RandomSource(texts) if is_random else open_source(resolve(args.weights))
-    config = classifier_config(opened.config, args.blocks, task_labels)
+    opened: OpenedSource | RandomSource = RandomSource(task) if is_random else open_source(resolve(args.weights))
+    config = classifier_config(opened.config, args.blocks, task).replace(model_max_length=max_length)
     if args.layout_plan is not None:
         plan = surgery.read_plan(args.layout_plan, opened.config, config)
     else:
@@ -124,22 +153,30 @@ def build_classifier(
 
     source = opened.load()
     tokenizer = source.require_tokenizer()
+    if args.escape_special_tokens:
+        tokenizer = tokenizer.escape_special_tokens()
     model = FunnelForSequenceClassification(config)
-    weights = surgery.apply_plan(source.weights, plan, model.state_dict())
-    has_new_head = bool(load_weights(model, weights, args.weights))
+    weights, has_new_head, head = surgery.match_labels(source, model)
+    has_new_head |= bool(load_weights(model, surgery.apply_plan(weights, plan, model.state_dict()), args.weights))
 
-    num_added = sum(row.start != "keep" for row in plan)
-    origin = "random weights" if is_random else args.weights
-    origin += f" (blocks {source.config.layout}; {plural(len(plan) - num_added, 'layer')} kept, {num_added} new: "
-    origin += f"{args.layout_plan or args.init})" + (", new classifier" if has_new_head else "")
-    return BuiltModel(model.eval(), tokenizer, plan, origin)
+    num_new = sum(row.start != "keep" for row in plan)
+    if is_random:
+        origin = f"random weights ({plural(len(config.blocks), 'block')}, {plural(len(plan), 'layer')})"
+    else:
+        layers = f"blocks {source.config.layout}; {plural(len(plan) - num_new, 'layer')} kept"
+        if num_new:
+            layers += f", {num_new} new: {args.layout_plan or args.init}"
+        head = head or ("new classifier" if has_new_head else f"classifier of {args.weights}")
+        origin = f"{args.weights} ({layers}), {head}"
+    return BuiltModel(model.eval(), tokenizer, plan, origin, has_new_head or is_random)
 
 
-def classifier_config(source: FunnelConfig, blocks: str | None, task_labels: list[str] | None) -> FunnelConfig:
-    """The config of a classifier with the widths of the source, its layout unless `blocks` is given, and no decoder."""
-    return source.replace(
+def classifier_config(source: FunnelConfig, blocks: str | None, task: Task) -> FunnelConfig:
+    """The config of a task's classifier: widths of the source, its layout unless `blocks` is given, and no decoder."""
+    names = ["score"] if task.label_names is None else task.label_names
+    problem_type = "regression" if task.label_names is None else "single_label_classification"
+    return surgery.relabel(source, dict(enumerate(names)), problem_type).replace(
         blocks=source.blocks if blocks is None else parse_blocks(blocks),
         num_decoder_layers=0,
-        id2label=dict(enumerate(["score"] if task_labels is None else task_labels)),
-        problem_type="regression" if task_labels is None else "single_label_classification",
+        text_columns=tuple(map(str, task.text_columns)),
     )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from funnel.data.tokenizer import DEFAULT_MAX_LENGTH
 from funnel.errors import FunnelError, error_reason
 from funnel.io import write_json
 from funnel.model import checkpoint
@@ -22,6 +23,7 @@ from funnel.model.checkpoint import Checkpoint
 from funnel.model.heads import MODELS, FunnelForSequenceClassification, FunnelPreTrainedModel
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+UNITS = ("label_mean", "label_std")  # config fields that the graph applies
 OPSET = 18  # native to PyTorch's exporter: needs no version conversion
 
 
@@ -82,11 +84,23 @@ def export_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def write_onnx(folder: Path, saved: Checkpoint) -> None:
-    """Writes model.onnx and config.json of a classifier into an existing folder."""
+    """Writes model.onnx and config.json of a classifier into an existing folder.
+
+    config.json says how to use the graph: names of its inputs, maximum length, text columns and labels. The graph returns a
+    regression's scores in the units of the labels.
+
+    Raises:
+        FunnelError: the checkpoint is not a sequence classifier, or the extra "onnx" is not installed.
+    """
     model = MODELS[saved.architecture](saved.config)
     model.load_state_dict(saved.weights)
     export_onnx(export_torch(model), folder / "model.onnx")
-    write_json(folder / checkpoint.CONFIG, saved.config.to_dict())
+    values = {
+        **saved.config.to_dict(),
+        "inputs": INPUTS,
+        "model_max_length": saved.config.model_max_length or DEFAULT_MAX_LENGTH,
+    }
+    write_json(folder / checkpoint.CONFIG, {name: value for name, value in values.items() if name not in UNITS})
 
 
 @contextlib.contextmanager

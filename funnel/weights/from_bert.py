@@ -132,7 +132,12 @@ def convert(raw: RawCheckpoint) -> ConvertedWeights:
 
     model = FunnelBaseModel(flat).eval()
     model.load_state_dict({**weights, **{name: torch.zeros(expected[name].shape) for name in added}})
-    cls_id = raw.require_tokenizer().cls_id
+    if raw.tokenizer is None:
+        raise FunnelError(
+            f"{raw.folder}: no tokenizer found, but converting a BERT requires the id of [CLS]; "
+            "copy the model's tokenizer.json or vocab.txt into the folder"
+        )
+    cls_id = raw.tokenizer.cls_id
     bert_embeddings = BertEmbeddings(
         model.embeddings.word_embeddings.weight.detach().clone(), embeddings[POSITIONS], embeddings[TOKEN_TYPES][0]
     )

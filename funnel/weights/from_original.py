@@ -112,7 +112,8 @@ def convert(raw: RawCheckpoint) -> ConvertedWeights:
     if "classifier.linear_out.bias" in weights:
         architecture = "FunnelForSequenceClassification"
         labels = range(weights["classifier.linear_out.bias"].numel())
-        config = config.replace(id2label={label: f"LABEL_{label}" for label in labels})
+        problem_type = "regression" if len(labels) == 1 else "single_label_classification"
+        config = config.replace(id2label={label: f"LABEL_{label}" for label in labels}, problem_type=problem_type)
     check_exact_match(weights, meta_state_dict(architecture, config), raw.folder)
     return ConvertedWeights(config, weights, architecture)
 

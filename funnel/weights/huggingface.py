@@ -76,7 +76,11 @@ def parse_config(values: Mapping[str, Any], path: Path) -> FunnelConfig:
     Raises:
         FunnelError: a field is invalid.
     """
-    return FunnelConfig.from_dict({name: value for name, value in values.items() if value is not None}, str(path))
+    fields = {name: value for name, value in values.items() if value is not None}
+    labels = fields.get("id2label")
+    if isinstance(labels, dict) and len(labels) == 1:
+        fields.setdefault("problem_type", "regression")  # as transformers does
+    return FunnelConfig.from_dict(fields, str(path))
 
 
 def convert(raw: RawCheckpoint) -> ConvertedWeights:
@@ -97,6 +101,9 @@ def convert(raw: RawCheckpoint) -> ConvertedWeights:
     if architecture == "FunnelBaseModel":
         config = config.replace(num_decoder_layers=0)
     check_exact_match(weights, meta_state_dict(architecture, config), raw.folder)
+    weights = _scale_output(
+        Checkpoint(config, weights, architecture), 1 / config.label_std, -config.label_mean / config.label_std
+    )
     return ConvertedWeights(config, weights, architecture, unused)
 
 
@@ -112,18 +119,31 @@ def detect_architecture(declared: str, weights: Mapping[str, Tensor], config: Fu
 
 
 def write_huggingface(folder: Path, saved: Checkpoint) -> None:
-    """Writes config.json and model.safetensors for transformers' `from_pretrained` into an existing folder."""
+    """Writes config.json and model.safetensors for transformers' `from_pretrained` into an existing folder.
+
+    transformers ignores `label_mean` and `label_std`, so a regression's output layer gets the units of the labels, up to
+    rounding. `convert` reverses this.
+    """
     is_bare = saved.architecture in ("FunnelModel", "FunnelBaseModel")
     config = saved.config
     if saved.architecture == "FunnelForQuestionAnswering":  # transformers creates as many outputs as there are labels
         config = config.replace(id2label={0: "LABEL_0", 1: "LABEL_1"})
     weights = {}
-    for name, tensor in saved.weights.items():
+    for name, tensor in _scale_output(saved, config.label_std, config.label_mean).items():
         renamed = rename(name, INVERSE_TABLE)
         assert renamed is not None, f"{name} is not in the table"
         weights[PREFIX + renamed if name.startswith(BODY) and not is_bare else renamed] = tensor
     write_json(folder / CONFIG, {"model_type": "funnel", "architectures": [saved.architecture], **config.to_dict()})
     checkpoint.save_weights(folder / "model.safetensors", weights)
+
+
+def _scale_output(model: Checkpoint, scale: float, shift: float) -> dict[str, Tensor]:
+    """The weights of a model; if it is a regression, its output y is replaced with y * scale + shift."""
+    weights = dict(model.weights)
+    if model.architecture == "FunnelForSequenceClassification" and model.config.problem_type == "regression":
+        for name, offset in (("classifier.linear_out.weight", 0.0), ("classifier.linear_out.bias", shift)):
+            weights[name] = (weights[name].double() * scale + offset).to(weights[name].dtype)
+    return weights
 
 
 FORMAT = Format("transformers", CONFIG, WEIGHT_FILES, parse_config, convert)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from funnel.data.tokenizer import FunnelTokenizer
-from funnel.errors import FunnelError
 from funnel.model.checkpoint import check_names, check_shape
 from funnel.model.config import BlockSpec, FunnelConfig
 from funnel.model.heads import MODELS
@@ -40,10 +39,6 @@ class RawCheckpoint:
     config: FunnelConfig
     tensors: dict[str, Tensor]
     tokenizer: FunnelTokenizer | None
-
-    def require_tokenizer(self) -> FunnelTokenizer:
-        """The tokenizer; FunnelError if there is none."""
-        return require_tokenizer(self.tokenizer, self.folder)
 
 
 class ConvertedWeights(NamedTuple):
@@ -80,13 +75,6 @@ class Format(NamedTuple):
     weight_files: tuple[str, ...]
     parse_config: Callable[[Mapping[str, Any], Path], FunnelConfig]
     convert: Callable[[RawCheckpoint], ConvertedWeights]
-
-
-def require_tokenizer(tokenizer: FunnelTokenizer | None, folder: Path) -> FunnelTokenizer:
-    """The tokenizer; FunnelError if there is none."""
-    if tokenizer is None:
-        raise FunnelError(f"{folder}: no tokenizer found; copy the model's tokenizer.json or vocab.txt into the folder")
-    return tokenizer
 
 
 def rename(name: str, table: Mapping[str, str], blocks: tuple[BlockSpec, ...] = ()) -> str | None:

@@ -9,8 +9,9 @@ memory, between them.
 """
 
 import fnmatch
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ from funnel.weights.key_map import (
     RawCheckpoint,
     check_exact_match,
     meta_state_dict,
-    require_tokenizer,
 )
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.uncased.txt", "vocab.cased.txt")
@@ -39,6 +39,13 @@ HUB_WEIGHTS = (
     ("model*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
 )
+# Weight files that cannot be read: pattern -> (framework, argument of transformers' from_pretrained that reads them).
+OTHER_FRAMEWORKS = {
+    "*.ckpt*.index": ("TensorFlow", "from_tf"),
+    "tf_model*.h5": ("TensorFlow", "from_tf"),
+    "flax_model*.msgpack": ("Flax", "from_flax"),
+}
+WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")  # prefixes of all names in a wrapped model's state dict
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,11 @@ class Source:
 
     def require_tokenizer(self) -> FunnelTokenizer:
         """The tokenizer; FunnelError if there is none."""
-        return require_tokenizer(self.tokenizer, self.folder)
+        if self.tokenizer is None:
+            raise FunnelError(
+                f"{self.folder}: no tokenizer found; copy the model's tokenizer.json or vocab.txt into the folder"
+            )
+        return self.tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,10 +97,12 @@ class OpenedSource:
         tokenizer = _load_tokenizer(self.folder, self.config.vocab_size)
         weight_file = next((name for name in self.format.weight_files if (self.folder / name).is_file()), None)
         if weight_file is None:
-            raise FunnelError(f"{self.folder}: no weights found; expected {' or '.join(self.format.weight_files)}")
+            expected = " or ".join(self.format.weight_files)
+            names = [path.name for path in self.folder.iterdir()]
+            raise FunnelError(f"{self.folder}: no weights found; expected {expected}{_other_framework_hint(names)}")
         if self.format is NATIVE:
             verify_checksums(self.folder, [weight_file])
-        tensors = checkpoint.read_weight_file(self.folder / weight_file)
+        tensors = _without_wrappers(checkpoint.read_weight_file(self.folder / weight_file))
         converted = self.format.convert(RawCheckpoint(self.folder, self.config_values, self.config, tensors, tokenizer))
         return Source(self.format.name, self.folder, *converted[:3], tokenizer, converted.unused, converted.initialized)
 
@@ -125,8 +138,13 @@ def _download(hub_id: str) -> Path:
     huggingface_hub.logging.set_verbosity_error()  # errors are reported below, on one line
     try:
         files = [file.rfilename for file in huggingface_hub.HfApi().model_info(hub_id, timeout=20).siblings or []]
-        available = (patterns for patterns in HUB_WEIGHTS if fnmatch.filter(files, patterns[0]))
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=[*HUB_FILES, *next(available, HUB_WEIGHTS[0])]))
+        available = next((patterns for patterns in HUB_WEIGHTS if fnmatch.filter(files, patterns[0])), None)
+        if available is None:
+            problem = f"the repository has no PyTorch weights{_other_framework_hint(files)}"
+            raise FunnelError(f"invalid weights {hub_id!r}: {problem}", "weights")
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=[*HUB_FILES, *available]))
+    except FunnelError:
+        raise
     except (RepositoryNotFoundError, HFValidationError):
         raise FunnelError(f"invalid weights {hub_id!r}: no such folder, and no such public hub repository", "weights") from None
     except Exception as error:  # no network, or an interrupted download; the hub's client raises many exceptions
@@ -185,14 +203,32 @@ def detect_format(folder: Path) -> tuple[Format, dict[str, Any]]:
     raise FunnelError(
         f"{folder}: unknown checkpoint format; expected config.json (with model_type funnel or bert) and model.safetensors or "
         f"pytorch_model.bin, or the original {from_original.CONFIG} and {from_original.WEIGHTS}"
+        + _other_framework_hint(path.name for path in folder.iterdir())
     )
+
+
+def _other_framework_hint(files: Iterable[str]) -> str:
+    """The end of an error message that names a file with another framework's weights; "" if there is none."""
+    for file, (pattern, (framework, argument)) in itertools.product(sorted(files), OTHER_FRAMEWORKS.items()):
+        if fnmatch.fnmatch(file, pattern):
+            advice = f"use the model's PyTorch weights, or load it with transformers 4 ({argument}=True) and save it"
+            return f"; {file} is a {framework} checkpoint: {advice}"
+    return ""
+
+
+def _without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without the prefix that DataParallel or torch.compile put before all names."""
+    for prefix in WRAPPERS:
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights
 
 
 def _load_tokenizer(folder: Path, vocab_size: int) -> FunnelTokenizer | None:
     """The folder's tokenizer, checked against the model's vocabulary size; None if there is none."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    tokenizer = FunnelTokenizer.load(folder)
+    tokenizer = FunnelTokenizer.load(folder).drop_added_tokens(vocab_size)
     tokenizer.check_vocab_size(vocab_size, folder)
     return tokenizer
 

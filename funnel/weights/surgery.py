@@ -1,4 +1,5 @@
-"""Changing the layout of pretrained weights: plans where each new layer comes from, and applies the plan.
+"""Changing the layout of pretrained weights: plans where each new layer comes from, and applies the plan. Changing the
+labels of a classifier: matches its outputs by name.
 
 Copies of existing layers make a deep network collapse; new layers that start as the identity do not (compare Net2Net, arXiv
 1511.05641). An identity layer's two output projections (`post_proj` and the feed-forward's second linear) are zero, so
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from funnel.errors import FunnelError
+from funnel.errors import FunnelError, format_list, plural
 from funnel.io import read_json, write_json
 from funnel.model.config import FunnelConfig
-from funnel.model.heads import FunnelPreTrainedModel
+from funnel.model.heads import MODELS, FunnelForSequenceClassification, FunnelForTokenClassification, FunnelPreTrainedModel
+from funnel.weights.load import Source
 
 INITS = ("identity", "copy", "random")  # initialization of new layers
 KEEPS = ("spread", "first", "last")  # which layers are kept when a block shrinks
@@ -26,6 +28,9 @@ STARTS = ("keep", *INITS)
 NORMS = ("attention.layer_norm", "ffn.layer_norm")
 OUTPUT_PROJECTIONS = ("attention.post_proj", "ffn.linear_2")
 WIDTHS = ("d_model", "n_head", "d_head", "d_inner")  # config fields that must be the same in both layouts
+OUTPUT_LAYERS = ("classifier.linear_out", "classifier")  # of sequence and token classifiers: one row per label
+LABELED = (FunnelForSequenceClassification, FunnelForTokenClassification)
+MAX_LISTED_LABELS = 6
 
 
 class LayerPlan(NamedTuple):
@@ -151,9 +156,13 @@ def read_plan(path: Path, old: FunnelConfig, new: FunnelConfig) -> list[LayerPla
             that the old layout does not have; or the configs differ in width.
     """
     check_same_widths(old, new)
-    rows = read_json(path).get("layers")
+    try:
+        rows = read_json(path).get("layers")
+    except FunnelError as error:
+        raise FunnelError(f"layout_plan: {error}", "layout_plan") from None
     if not isinstance(rows, list):
-        raise FunnelError(f'{path}: not a layout plan; expected {{"layers": [{{"layer": "0.0", "start": …, "source": …}}, …]}}')
+        expected = '{"layers": [{"layer": "0.0", "start": …, "source": …}, …]}'
+        raise FunnelError(f"layout_plan {path}: not a layout plan; expected {expected}", "layout_plan")
     plan: dict[tuple[int, int], LayerPlan] = {}
     for number, values in enumerate(rows, 1):
         row = _parse_row(f"{path}, row {number}", values, old, new)
@@ -271,3 +280,63 @@ def _calibrate_norm(norm: nn.Module, inputs: tuple[Tensor]) -> None:
     cls_state = inputs[0][:, 0]  # [b, d]
     norm.get_parameter("weight").fill_(float(cls_state.std(1, correction=0).mean()))
     norm.get_parameter("bias").fill_(float(cls_state.mean()))
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def relabel(config: FunnelConfig, id2label: Mapping[int, str], problem_type: str) -> FunnelConfig:
+    """The config of a classifier with other labels.
+
+    A regression that remains one keeps the units of its labels, since its output layer is kept. Clears
+    `model_max_length` and `text_columns`, which describe the old task's texts.
+    """
+    units = {} if config.problem_type == problem_type == "regression" else {"label_mean": 0.0, "label_std": 1.0}
+    return config.replace(id2label=dict(id2label), problem_type=problem_type, model_max_length=None, text_columns=(), **units)
+
+
+def match_labels(source: Source, model: FunnelPreTrainedModel) -> tuple[dict[str, Tensor], bool, str]:
+    """Adapts the output layer of a source's classifier to the labels of a model.
+
+    Outputs are copied for the labels that both have, whatever their order; all others keep the model's initialization. The
+    single output of a regression is copied whatever its name. Nothing is copied between problem types or kinds of classifiers.
+
+    Returns:
+        The source's weights with the adapted output layer; whether an output keeps the model's initialization; and in words
+        which outputs are new or dropped ("" if there are none, or the source has no classifier).
+    """
+    weights, state = dict(source.weights), model.state_dict()
+    layer = next((name for name in OUTPUT_LAYERS if f"{name}.weight" in weights and f"{name}.weight" in state), None)
+    is_same_class = isinstance(model, MODELS[source.architecture])
+    if layer is None or (is_same_class and not isinstance(model, LABELED)):
+        return weights, False, ""
+    old, new = list(source.config.id2label.values()), list(model.config.id2label.values())
+    problem_types = source.config.problem_type, model.config.problem_type
+    rows: dict[int, int] = {}  # of the new output layer -> of the old one
+    if is_same_class and problem_types == ("regression", "regression") and len(old) == len(new) == 1:
+        rows = {0: 0}
+    elif is_same_class and problem_types[0] == problem_types[1]:
+        rows = {row: old.index(label) for row, label in enumerate(new) if label in old}
+    for name in (f"{layer}.weight", f"{layer}.bias"):
+        matched = state[name].clone()
+        for row, old_row in rows.items():
+            matched[row] = weights[name][old_row]
+        weights[name] = matched
+    if not rows:
+        return weights, True, f"new classifier (the weights {_describe_classifier(source, is_same_class, problem_types)})"
+    changes = {
+        "new": [label for row, label in enumerate(new) if row not in rows],
+        "dropped": [label for row, label in enumerate(old) if row not in rows.values()],
+    }
+    lists = [f"{change}: {format_list(labels, MAX_LISTED_LABELS)}" for change, labels in changes.items() if labels]
+    description = f"classifier: {len(rows)} of {plural(len(new), 'label')} kept; {'; '.join(lists)}" if lists else ""
+    return weights, bool(changes["new"]), description
+
+
+def _describe_classifier(source: Source, is_same_class: bool, problem_types: tuple[str, str]) -> str:
+    """What makes a source's classifier unusable."""
+    if not is_same_class:
+        return f"are those of a {source.architecture}"
+    if problem_types[0] != problem_types[1]:
+        return f"are for {problem_types[0].replace('_label', '-label').replace('_', ' ')}"
+    return f"have the labels {format_list(source.config.id2label.values(), MAX_LISTED_LABELS)}"

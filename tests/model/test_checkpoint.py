@@ -136,8 +136,15 @@ def test_a_folder_in_another_format_names_the_command_that_converts_it(saved):
     (saved / "config.json").write_text('{"model_type": "bert"}')
     assert not is_funnel_checkpoint(saved)
     for load in (load_checkpoint, load_config):
-        with pytest.raises(FunnelError, match=r"convert_weights\.py"):
+        with pytest.raises(FunnelError, match=r"funnel convert"):
             load(saved)
+
+
+@pytest.mark.parametrize("value", ["funnel-2", None])
+def test_an_unknown_format_is_named(saved, value):
+    change_config(saved, format=value)
+    with pytest.raises(FunnelError, match=f"unknown format {value!r}, expected 'funnel-1'"):
+        load_checkpoint(saved)
 
 
 # --- other weight files -----------------------------------------------------------------------------------------------
@@ -287,3 +294,10 @@ def test_save_pretrained_refuses_to_replace_a_file(tmp_path):
     with pytest.raises(FunnelError, match="expected a folder, found a file"):
         FunnelBaseModel(tiny_config()).save_pretrained(tmp_path / "data.csv")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"data.csv": "mine"}
+
+
+def test_an_onnx_export_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(FunnelError, match="an ONNX export, which only onnxruntime reads; use the checkpoint it was made from"):
+        load_checkpoint(tmp_path)

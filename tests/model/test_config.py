@@ -1,6 +1,7 @@
 """FunnelConfig: layout strings, validation, config.json, the released models."""
 
 import json
+import math
 
 import pytest
 
@@ -34,7 +35,10 @@ def test_runs_are_layers_times_repeats():
 def test_an_invalid_layout_string_is_an_error_that_quotes_it(text):
     with pytest.raises(FunnelError) as error:
         parse_blocks(text)
-    assert str(error.value) == f"invalid blocks {text!r}: expected layer counts such as 4,4,4 or 6,3x2,3x2"
+    assert (
+        str(error.value)
+        == f"invalid blocks {text!r}: expected layer counts such as 4,4,4 or 6,3x2,3x2, with numbers from 1 to 999"
+    )
     assert error.value.parameter == "blocks"
 
 
@@ -129,3 +133,20 @@ def test_released_models_have_the_published_sizes(name, layout, d_model, decoder
 def test_an_unknown_released_model_is_an_error():
     with pytest.raises(FunnelError, match="unknown model 'tiny'"):
         released_config("tiny")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("label_mean", math.nan),
+        ("label_std", 0.0),
+        ("label_std", math.inf),
+        ("model_max_length", 0),
+        ("model_max_length", True),
+        ("text_columns", "text"),
+        ("text_columns", [1]),
+    ],
+)
+def test_fields_of_a_fine_tuned_classifier_are_checked(field, value):
+    with pytest.raises(FunnelError, match=f"invalid {field} "):
+        FunnelConfig(**{field: value})

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import padded_batch, tiny_config
+from conftest import padded_batch, shared, tiny_config
 
 from funnel.errors import FunnelError
-from funnel.model.heads import MODELS, FunnelBaseModel, FunnelForSequenceClassification, FunnelModel
+from funnel.model.heads import (
+    MODELS,
+    FunnelBaseModel,
+    FunnelForMultipleChoice,
+    FunnelForSequenceClassification,
+    FunnelForTokenClassification,
+    FunnelModel,
+)
 
 FIXTURES = Path(__file__).parent.parent / "fixtures/written_by_0_1"
 OUTPUT_PROJECTIONS = ("attention.post_proj.weight", "attention.post_proj.bias", "ffn.linear_2.weight", "ffn.linear_2.bias")
@@ -81,6 +88,11 @@ def test_a_transformers_checkpoint_is_loaded(tmp_path, no_warnings):
     with torch.no_grad():
         expected = peer(ids, attention_mask=mask, token_type_ids=types).logits
         torch.testing.assert_close(model(ids, mask, types), expected, rtol=0, atol=1e-5)
+
+
+def test_a_folder_in_the_original_format_is_loaded(no_warnings):
+    model = FunnelForSequenceClassification.from_pretrained(shared("golden/original/b2-1x2-1x2_shared"))
+    assert (model.config.layout, model.config.num_labels) == ("2,1x2,1x2", 3)
 
 
 def test_a_bert_is_converted_with_a_new_head_and_layout(tmp_path):
@@ -178,11 +190,24 @@ def test_keep_determines_which_layers_remain(saved, keep, source):
         ({"num_labels": 0}, "invalid num_labels 0"),
         ({"num_labels": 2, "id2label": {0: "a", 1: "b", 2: "c"}}, "num_labels is 2, but id2label has 3 names"),
         ({"id2label": {1: "a", 2: "b"}}, "id2label"),
+        ({"id2label": ["a", "b"]}, "invalid id2label"),
+        ({"id2label": {0: "a", 1: "a"}}, "different names"),
+        ({"num_labels": "2"}, "invalid num_labels '2'"),
+        ({"num_labels": 2.0}, "invalid num_labels 2.0"),
+        ({"blocks": (2, 2)}, r"invalid blocks \(2, 2\)"),
+        ({"init": "zero"}, "unknown init 'zero'"),
+        ({"keep": "best"}, "unknown keep 'best'"),
     ],
 )
 def test_invalid_arguments_are_errors(saved, arguments, words):
     with pytest.raises(FunnelError, match=words):
         FunnelForSequenceClassification.from_pretrained(saved, **arguments)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"model"])
+def test_a_path_of_the_wrong_type_is_an_error(path):
+    with pytest.raises(FunnelError, match="invalid path_or_hub_id"):
+        FunnelBaseModel.from_pretrained(path)
 
 
 def test_a_decoder_is_kept_in_a_new_layout(tmp_path, no_warnings):
@@ -220,31 +245,87 @@ def test_weights_without_a_head_give_a_warning_that_names_source_and_weights(tmp
         FunnelForSequenceClassification.from_pretrained(tmp_path / "body")
 
 
-@pytest.mark.parametrize("arguments", [{"num_labels": 3}, {"id2label": {0: "a", 1: "b", 2: "c"}}])
-def test_a_different_number_of_labels_replaces_the_output_layer(saved, arguments):
-    old = FunnelForSequenceClassification.from_pretrained(saved)
-    with pytest.warns(UserWarning, match=r"newly initialized classifier\.linear_out\.weight, classifier\.linear_out\.bias;"):
-        new = FunnelForSequenceClassification.from_pretrained(saved, **arguments)
-    names = arguments.get("id2label", {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"})
-    assert new.config.id2label == names
-    assert new(*padded_batch([9, 5])).shape == (2, 3)
-    assert_same_weights(new, old.state_dict(), except_for=CLASSIFIER_OUTPUT)
+def output_rows(model) -> torch.Tensor:
+    """The output layer's weights and biases, [num_labels, d + 1]."""
+    layer = model.classifier.linear_out
+    return torch.cat([layer.weight, layer.bias[:, None]], dim=1)
 
 
-def test_the_same_number_of_labels_keeps_the_head(saved, no_warnings):
+@pytest.mark.parametrize(
+    ("arguments", "sources", "warning"),
+    [
+        ({"num_labels": 2}, {0: 0, 1: 1}, None),
+        ({"id2label": {0: "good", 1: "bad"}}, {0: 1, 1: 0}, None),
+        ({"id2label": {"1": "bad", "0": "new", "2": "good"}}, {1: 0, 2: 1}, "classifier: 2 of 3 labels kept; new: new;"),
+        ({"id2label": {0: "no", 1: "yes"}}, {}, r"new classifier \(the weights have the labels bad, good\); train the head"),
+        ({"num_labels": 3}, {}, r"new classifier \(the weights have the labels bad, good\);"),
+        ({"num_labels": 1}, {}, r"new classifier \(the weights are for single-label classification\);"),
+    ],
+)
+@pytest.mark.parametrize("blocks", [None, "1,2,1,1"])
+def test_outputs_are_matched_by_label(saved, arguments, sources, warning, blocks):
     old = FunnelForSequenceClassification.from_pretrained(saved)
-    same = FunnelForSequenceClassification.from_pretrained(saved, num_labels=2)
-    renamed = FunnelForSequenceClassification.from_pretrained(saved, id2label={0: "negative", 1: "positive"})
-    assert same.config.id2label == {0: "bad", 1: "good"}
-    assert renamed.config.id2label == {0: "negative", 1: "positive"}
-    for model in (same, renamed):
-        assert_same_weights(model, old.state_dict())
+    with warnings.catch_warnings() if warning is None else pytest.warns(UserWarning, match=f"classifier: {warning}"):
+        if warning is None:
+            warnings.simplefilter("error")
+        new = FunnelForSequenceClassification.from_pretrained(saved, blocks=blocks, **arguments)
+    for row, values in enumerate(output_rows(new)):
+        assert torch.equal(values, output_rows(old)[sources[row]]) if row in sources else values[:-1].any()
+        assert row in sources or not (values == output_rows(old)).all(1).any()
+    assert torch.equal(new.classifier.linear_hidden.weight, old.classifier.linear_hidden.weight)
+    if blocks is None:
+        assert_same_weights(new, old.state_dict(), except_for=CLASSIFIER_OUTPUT)
+
+
+def test_new_labels_without_names_are_numbered(saved):
+    with pytest.warns(UserWarning, match="new classifier"):
+        model = FunnelForSequenceClassification.from_pretrained(saved, num_labels=3)
+    assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert model(*padded_batch([9, 5])).shape == (2, 3)
 
 
 def test_one_label_means_regression(saved):
-    with pytest.warns(UserWarning, match="newly initialized"):
+    with pytest.warns(UserWarning, match="new classifier"):
         model = FunnelForSequenceClassification.from_pretrained(saved, num_labels=1)
     assert (model.config.problem_type, model.config.num_labels) == ("regression", 1)
+
+
+def test_a_regression_keeps_its_output_under_another_name(tmp_path, no_warnings):
+    units = {"label_mean": 5.0, "label_std": 2.0}
+    old = FunnelForSequenceClassification(tiny_config(id2label={0: "score"}, problem_type="regression", **units)).eval()
+    old.save_pretrained(tmp_path / "old")
+    new = FunnelForSequenceClassification.from_pretrained(tmp_path / "old", id2label={0: "quality"})
+    assert torch.equal(new(*padded_batch([9, 5])), old(*padded_batch([9, 5])))
+
+
+def test_a_token_classifiers_outputs_are_matched_by_label(tmp_path, no_warnings):
+    old = FunnelForTokenClassification(tiny_config(id2label={0: "a", 1: "b"}))
+    old.save_pretrained(tmp_path / "old")
+    new = FunnelForTokenClassification.from_pretrained(tmp_path / "old", id2label={0: "b", 1: "a"})
+    assert torch.equal(new.classifier.weight, old.classifier.weight.flip(0))
+    assert torch.equal(new.classifier.bias, old.classifier.bias.flip(0))
+
+
+def test_a_multi_label_classifier_remains_one(tmp_path):
+    config = tiny_config(problem_type="multi_label_classification", id2label={0: "a", 1: "b"})
+    FunnelForSequenceClassification(config).save_pretrained(tmp_path / "old")
+    with pytest.warns(UserWarning, match="classifier: 1 of 3 labels kept; new: c, d; dropped: b;"):
+        new = FunnelForSequenceClassification.from_pretrained(tmp_path / "old", id2label={0: "a", 1: "c", 2: "d"})
+    assert new.config.problem_type == "multi_label_classification"
+
+
+def test_dropping_labels_needs_no_training(tmp_path, no_warnings):
+    FunnelForSequenceClassification(tiny_config(id2label={0: "a", 1: "b", 2: "c"})).save_pretrained(tmp_path / "old")
+    FunnelForSequenceClassification.from_pretrained(tmp_path / "old", id2label={0: "c", 1: "a"})
+
+
+def test_the_output_of_a_multiple_choice_model_is_not_a_label(tmp_path, no_warnings):
+    model = FunnelForMultipleChoice(tiny_config())
+    model.save_pretrained(tmp_path / "old")
+    assert_same_weights(FunnelForMultipleChoice.from_pretrained(tmp_path / "old"), model.state_dict())
+    warnings.simplefilter("default")
+    with pytest.warns(UserWarning, match="new classifier .the weights are those of a FunnelForMultipleChoice"):
+        FunnelForSequenceClassification.from_pretrained(tmp_path / "old", num_labels=1)
 
 
 def test_a_new_layout_and_head_can_be_saved_and_loaded(saved, tmp_path, no_warnings):

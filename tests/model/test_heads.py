@@ -7,6 +7,7 @@ import torch
 from conftest import padded_batch, tiny_config
 
 from funnel.errors import FunnelError
+from funnel.model.attention_backends import BACKENDS, attention_backend
 from funnel.model.heads import MODELS, FunnelForSequenceClassification, FunnelForTokenClassification, FunnelModel
 
 OUTPUT_SHAPES = {  # for a batch of 3 with 13 tokens
@@ -67,6 +68,37 @@ def test_state_dict_keys_match_the_file_format():
 def test_an_input_of_the_wrong_shape_is_an_error_that_names_it(arguments, name):
     with pytest.raises(FunnelError, match=name):
         FunnelModel(tiny_config())(*arguments)
+
+
+@pytest.mark.parametrize("token_id", [99, -1])
+def test_an_id_outside_the_vocabulary_is_an_error_that_names_it(token_id):
+    ids = torch.tensor([[2, 5], [2, token_id]])
+    with pytest.raises(FunnelError, match=f"input_ids contains {token_id}, but the model has 99 embeddings"):
+        FunnelModel(tiny_config())(ids)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_gives_an_empty_output(name, backend):
+    model = MODELS[name](tiny_config(hidden_dropout=0.1, attention_dropout=0.1))
+    shape = (0, 3, 13) if name == "FunnelForMultipleChoice" else (0, 13)
+    ids = torch.zeros(shape, dtype=torch.long)
+    with attention_backend(backend):
+        output = model.train()(ids, torch.ones_like(ids), torch.zeros_like(ids))
+        output.sum().backward()
+        expected = (0, 3) if name == "FunnelForMultipleChoice" else (0, *OUTPUT_SHAPES[name][1:])
+        assert output.shape == model.eval()(ids).shape == expected
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_regression_scores_have_the_units_of_the_labels():
+    torch.manual_seed(0)
+    model = FunnelForSequenceClassification(tiny_config(id2label={0: "score"}, problem_type="regression")).eval()
+    standardized = model(*padded_batch([9, 5]))
+    model.config = model.config.replace(label_mean=50_000.0, label_std=20_000.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(*padded_batch([9, 5])).dtype == torch.float32
+    torch.testing.assert_close(model(*padded_batch([9, 5])), standardized * 20_000 + 50_000)
 
 
 def test_position_0_is_never_masked():

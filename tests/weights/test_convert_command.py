@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import run_command, tiny_config
 from safetensors.torch import load_file, save_file
-from weight_sources import are_equal, make_transformers_folder
+from weight_sources import are_equal, make_bert_folder, make_transformers_folder
 
 import convert_weights
 from funnel.cli.convert import convert
 from funnel.cli.main import main as funnel_main
 from funnel.errors import FunnelError
 from funnel.model.checkpoint import load_checkpoint
+from funnel.model.heads import FunnelBaseModel
 
 
 def test_summary_says_what_was_read_left_out_and_written(tmp_path):
@@ -63,14 +64,35 @@ def test_mismatched_weights_print_one_line_and_write_nothing(damage, words, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "vocab.txt"])
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_missing_file_is_named(missing, tmp_path):
     folder = make_transformers_folder(tmp_path / "source")
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
     (folder / missing).unlink()
     with pytest.raises(FunnelError, match=missing.replace(".", r"\.")):
         convert(str(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def save_native(folder):
+    FunnelBaseModel(tiny_config()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("make_folder", [make_transformers_folder, save_native])
+@pytest.mark.parametrize("to", ["funnel", "huggingface"])
+def test_weights_without_a_tokenizer_are_converted_with_a_warning(make_folder, to, tmp_path):
+    folder = make_folder(tmp_path / "source")
+    (folder / "vocab.txt").unlink(missing_ok=True)
+    with pytest.warns(UserWarning, match=r"source: no tokenizer found; copy the model's .* into .*out"):
+        convert(str(folder), tmp_path / "out", to)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_converting_a_bert_requires_its_tokenizer(tmp_path):
+    make_bert_folder(tmp_path / "source")
+    (tmp_path / "source/vocab.txt").unlink()
+    with pytest.raises(FunnelError, match=r"source: no tokenizer found, but converting a BERT requires the id of \[CLS\]"):
+        convert(str(tmp_path / "source"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -83,7 +105,7 @@ def test_existing_output_folder_is_not_touched(tmp_path):
 
 
 def test_error_about_the_source_names_no_flag(tmp_path):
-    with pytest.raises(FunnelError, match="invalid weights 'no-such-folder'") as error:
+    with pytest.raises(FunnelError, match=r"^invalid SOURCE 'no-such-folder': no such folder") as error:
         convert("no-such-folder", tmp_path / "out")
     assert error.value.parameter is None
 

@@ -1,14 +1,20 @@
 """Exported classifiers compute the same as the model."""
 
 import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import padded_batch, tiny_config
+from conftest import ROOT, padded_batch, tiny_config
 
 import convert_weights
+from funnel.cli.convert import convert
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
+from funnel.inference import Classifier, InputFormat
 from funnel.model.heads import FunnelForSequenceClassification, FunnelForTokenClassification
 from funnel.weights.export import INPUTS, export_onnx, export_torch
 
@@ -44,26 +50,66 @@ def test_exported_models_give_the_same_logits_for_any_batch_and_length(changes, 
             torch.testing.assert_close(torch.from_numpy(logits), model(*batch), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_converted_folder_is_sufficient_for_inference(tmp_path):
-    pytest.importorskip("onnxscript", reason="needs the extra onnx")
-    runtime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
-    tokenizer = FunnelTokenizer.train(["a good film", "a bad film"])
+def run_documented_code(marker: str, monkeypatch, folder: Path) -> Callable[..., Any]:
+    """Runs the code block of docs/runs.md that contains the marker; returns its `predict_logits`."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs/runs.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(next(block for block in blocks if marker in block), names)
+    return names["predict_logits"]
+
+
+@pytest.fixture(params=["single_label_classification", "regression"])
+def classifier(request, tmp_path) -> Classifier:
+    """A classifier of texts of at most nine tokens, saved in tmp_path/model."""
+    tokenizer = FunnelTokenizer.train(["a good film", "a bad film"] * 5).escape_special_tokens()
     torch.manual_seed(0)
     config = tiny_config(num_decoder_layers=0, vocab_size=tokenizer.vocab_size, id2label={0: "bad", 1: "good"})
-    model = FunnelForSequenceClassification(config).eval()
+    config = config.replace(model_max_length=9, text_columns=("first", "second"))
+    if request.param == "regression":
+        config = config.replace(id2label={0: "score"}, problem_type="regression", label_mean=50_000.0, label_std=20_000.0)
+    model = FunnelForSequenceClassification(config)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save(tmp_path / "model")
-    assert convert_weights.main([str(tmp_path / "model"), str(tmp_path / "out"), "--to", "onnx"]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.onnx", "tokenizer.json"]
-    assert json.loads((tmp_path / "out/config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
-    encoding = FunnelTokenizer.load(tmp_path / "out").encode(["a good film"])[0]
-    ids, types = torch.tensor([encoding.input_ids]), torch.tensor([encoding.token_type_ids])
-    session = runtime.InferenceSession(tmp_path / "out/model.onnx")
-    inputs = zip(INPUTS, (ids, torch.ones_like(ids), types), strict=True)
-    (logits,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs})
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(logits), model(ids, None, types), rtol=0, atol=1e-5)
+    return Classifier(model, tokenizer, InputFormat(config.model_max_length))
+
+
+TEXTS = ["a good film", "a good , good film " * 3, "<sep>"]  # the second one is truncated
+
+
+@pytest.mark.slow
+def test_documented_code_for_onnx_reproduces_our_logits(classifier, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    assert convert_weights.main([str(tmp_path / "model"), str(tmp_path / "out/onnx"), "--to", "onnx"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out/onnx").iterdir()) == ["config.json", "model.onnx", "tokenizer.json"]
+    config = json.loads((tmp_path / "out/onnx/config.json").read_text())
+    assert (config["inputs"], config["model_max_length"], config["text_columns"]) == (list(INPUTS), 9, ["first", "second"])
+    assert not {"label_mean", "label_std"} & config.keys()
+    predict_logits = run_documented_code("import onnxruntime", monkeypatch, tmp_path)
+    for texts, pairs in ((TEXTS, None), (TEXTS, TEXTS[::-1])):
+        logits = torch.from_numpy(predict_logits(texts if pairs is None else list(zip(texts, pairs, strict=True))))
+        torch.testing.assert_close(logits, classifier.logits(texts, pairs), rtol=1e-6, atol=1e-5)
+
+
+def test_documented_code_for_transformers_reproduces_our_logits(classifier, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    assert convert_weights.main([str(tmp_path / "model"), str(tmp_path / "out/hf"), "--to", "huggingface"]) == 0
+    predict_logits = run_documented_code("import AutoModel", monkeypatch, tmp_path)
+    for texts, pairs in ((TEXTS, None), (TEXTS, TEXTS[::-1])):
+        expected = classifier.logits(texts, pairs)
+        torch.testing.assert_close(predict_logits(texts, pairs), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_weights_without_a_tokenizer_are_exported_with_a_warning(tmp_path):
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    FunnelForSequenceClassification(tiny_config(num_decoder_layers=0)).save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match="no tokenizer found"):
+        convert(str(tmp_path / "model"), tmp_path / "out", "onnx")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.onnx"]
 
 
 def test_only_sequence_classifiers_can_be_exported():

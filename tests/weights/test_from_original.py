@@ -37,6 +37,21 @@ def test_model_without_classifier_is_a_base_model(original):
     assert read_source(original).architecture == "FunnelBaseModel"
 
 
+def test_classifier_with_one_output_is_a_regression(original):
+    weights = torch.load(original / "model.pt", weights_only=True)
+    weights |= {name: weights[name][..., :1] for name in ("cls_head.3.weight", "cls_head.3.bias")}  # [d, outputs], [outputs]
+    torch.save(weights, original / "model.pt")
+    config = read_source(original).config
+    assert (config.num_labels, config.problem_type) == (1, "regression")
+
+
+def test_weights_without_a_vocabulary_are_converted_with_a_warning(original, tmp_path):
+    (original / "vocab.uncased.txt").unlink()
+    with pytest.warns(UserWarning, match="no tokenizer found"):
+        convert(str(original), tmp_path / "out")
+    assert load_checkpoint(tmp_path / "out").config.num_labels == 3
+
+
 @pytest.mark.parametrize(("field", "value"), [("pooling_size", 4), ("d_embed", 16), ("block_size", "2_x")])
 def test_unsupported_config_value_is_an_error(original, field, value):
     path = original / "net_config.pytorch.json"

@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from weight_sources import are_equal, change_config, make_transformers_folder, transformers, write_vocabulary
 
 from funnel.cli.convert import convert
+from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from funnel.model.config import FunnelConfig
-from funnel.model.heads import MODELS
+from funnel.model.heads import MODELS, FunnelForSequenceClassification
 from funnel.weights.huggingface import TABLE
 from funnel.weights.load import read_source
 
@@ -56,6 +57,53 @@ def test_transformers_gives_the_same_output_from_a_converted_checkpoint(cls_name
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
     if cls_name == "FunnelForSequenceClassification":
         assert peer.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+@pytest.mark.parametrize("special", ["<>", "[]"])
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "regression"])
+def test_transformers_reproduces_our_logits_for_texts_and_pairs(special, problem_type, tmp_path):
+    """Through transformers' tokenizer, with texts that are truncated, and with token types."""
+    names = ["pad", "unk", "cls", "sep", "mask"]
+    tokens = [f"<{name}>" if special == "<>" else f"[{name.upper()}]" for name in names] + "the film was good < > s [ ]".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    tokenizer = FunnelTokenizer.load(tmp_path)
+    torch.manual_seed(0)
+    labels = {0: "score"} if problem_type == "regression" else {0: "bad", 1: "good"}
+    units = {"label_mean": 50_000.0, "label_std": 20_000.0} if problem_type == "regression" else {}
+    inputs = {"model_max_length": 10, "text_columns": ("first", "second")}
+    config = tiny_config(vocab_size=len(tokens), num_decoder_layers=0, id2label=labels, problem_type=problem_type)
+    config = config.replace(**units, **inputs)
+    model = FunnelForSequenceClassification(config).eval()
+    checkpoint = Checkpoint(config, model.state_dict(), type(model).__name__)
+    save_checkpoint(tmp_path / "original", checkpoint, extra=tokenizer.save)
+    convert(str(tmp_path / "original"), tmp_path / "huggingface", "huggingface")
+
+    peer_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "huggingface")
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "huggingface").eval()
+    assert len(peer_tokenizer) == peer.config.vocab_size
+    texts = ["<s>the film</s>", "the film was good " * 5, "[SEP] <sep>"]
+    for pairs in (None, texts[::-1]):
+        encodings = peer_tokenizer(texts, pairs, truncation=True)
+        batch = peer_tokenizer.pad(encodings, pad_to_multiple_of=8, return_tensors="pt")
+        with torch.no_grad():
+            expected = model(**tokenizer(texts, pairs, max_length=10))
+            torch.testing.assert_close(peer(**batch).logits, expected, rtol=1e-6, atol=1e-5)
+
+    peer.save_pretrained(tmp_path / "again")
+    peer_tokenizer.save_pretrained(tmp_path / "again")
+    source = read_source(tmp_path / "again")
+    assert (source.config.label_mean, source.config.label_std) == (config.label_mean, config.label_std)
+    assert (source.config.model_max_length, source.config.text_columns) == (10, ("first", "second"))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(source.weights[name], tensor, rtol=1e-5, atol=1e-6)
+    assert (source.config.problem_type, source.config.id2label) == (problem_type, labels)
+    assert source.tokenizer.encode(texts) == tokenizer.encode(texts)
+
+
+def test_single_label_without_a_problem_type_means_regression(tmp_path):
+    folder = make_transformers_folder(tmp_path / "source", num_labels=1)
+    change_config(folder, problem_type=None)
+    assert read_source(folder).config.problem_type == "regression"
 
 
 @pytest.mark.parametrize("kind", ["bin", "sharded safetensors", "sharded bin", "prefix", "no architectures"])
@@ -113,7 +161,6 @@ def test_untied_lm_head_is_an_error(tmp_path):
 @pytest.mark.network
 def test_released_small_model_gives_the_published_output(tmp_path):
     """The numbers are those of transformers' integration test of funnel-transformer/small."""
-    from funnel.data.tokenizer import FunnelTokenizer
     from funnel.model.heads import FunnelModel
 
     convert("funnel-transformer/small", tmp_path / "small")

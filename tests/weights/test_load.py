@@ -2,16 +2,23 @@
 
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
+import types
 from collections import Counter
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from conftest import run_command, tiny_config
+from conftest import ROOT, run_command, tiny_config
+from safetensors.torch import load_file, save_file
 from weight_sources import VOCABULARY, are_equal, change_config, make_bert_folder, make_transformers_folder, write_vocabulary
 
 from funnel.cli.convert import convert
+from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.io import write_checksums
 from funnel.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -118,6 +125,51 @@ def test_weights_are_verified_against_their_checksum(tmp_path):
         read_source(folder)
 
 
+@pytest.mark.parametrize("make_folder", [save_base_model, make_transformers_folder, make_bert_folder])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrapped_models_are_ignored(make_folder, prefix, tmp_path):
+    make_folder(tmp_path / "source")
+    path = tmp_path / "source/model.safetensors"
+    expected = read_source(tmp_path / "source").weights
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
+    assert are_equal(read_source(tmp_path / "source").weights, expected)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("tf_model.h5", r"tf_model\.h5 is a TensorFlow checkpoint: use the model's PyTorch weights, or .*\(from_tf=True\)"),
+        ("bert_model.ckpt.index", r"bert_model\.ckpt\.index is a TensorFlow checkpoint"),
+        ("model.ckpt-500.index", r"model\.ckpt-500\.index is a TensorFlow checkpoint"),
+        ("flax_model.msgpack", r"flax_model\.msgpack is a Flax checkpoint: .*\(from_flax=True\)"),
+    ],
+)
+def test_weights_of_another_framework_are_named(file, words, tmp_path):
+    make_bert_folder(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / file)
+    with pytest.raises(FunnelError, match=f"no weights found; .*{words}"):
+        read_source(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FunnelError, match=f"unknown checkpoint format; .*{words}"):
+        read_source(tmp_path)
+
+
+def test_added_tokens_without_an_embedding_are_dropped(tmp_path):
+    """transformers' tokenizers add <s> and </s> to a vocabulary without them, and save these."""
+    folder = save_base_model(tmp_path)
+    tokenizer = FunnelTokenizer.load(folder)
+    change_config(folder, vocab_size=tokenizer.vocab_size)
+    weights = load_file(folder / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"] = weights["embeddings.word_embeddings.weight"][: tokenizer.vocab_size]
+    save_file(weights, folder / "model.safetensors")
+    expected = tokenizer.encode(["<s>the film</s> [SEP]"])
+    tokenizer.tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(folder)
+    tokenizer = read_source(folder).tokenizer
+    assert tokenizer.vocab_size == len(VOCABULARY)
+    assert tokenizer.encode(["<s>the film</s> [SEP]"]) == expected
+
+
 def test_unknown_architecture_is_named(tmp_path):
     model = FunnelBaseModel(tiny_config())
     save_checkpoint(tmp_path / "source", Checkpoint(model.config, model.state_dict(), "FunnelForUnknown"))
@@ -205,6 +257,10 @@ def test_hub_repository_is_downloaded_once_and_then_read_from_the_cache(hub, tmp
     first, second = (load_checkpoint(tmp_path / name) for name in ("first", "second"))
     assert are_equal(first.weights, second.weights)
     assert first.architecture == "FunnelModel"
+    code = "from funnel import FunnelModel; print(FunnelModel.from_pretrained('funnel-transformer/tiny').config.layout)"
+    environment = {**os.environ, **offline, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "1,2\n", done.stderr
 
 
 def test_unknown_hub_repository_is_named(hub, tmp_path):
@@ -215,12 +271,22 @@ def test_unknown_hub_repository_is_named(hub, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_hub_repository_without_pytorch_weights_is_named(monkeypatch):
+    files = [types.SimpleNamespace(rfilename=name) for name in ("config.json", "tf_model.h5")]
+    info = types.SimpleNamespace(siblings=files)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: types.SimpleNamespace(model_info=lambda *_, **__: info))
+    with pytest.raises(
+        FunnelError, match=r"weights 'some/bert': the repository has no PyTorch weights; tf_model\.h5 is a TensorFlow"
+    ):
+        resolve("some/bert")
+
+
 def test_failed_download_says_which_files_to_provide(tmp_path):
     offline = hub_environment(UNREACHABLE, tmp_path / "home")
     done = run_command("convert_weights.py", "funnel-transformer/small", "out", cwd=tmp_path, **offline)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
-    for words in ("cannot download weights 'funnel-transformer/small'", "config.json", "model.safetensors", "into a folder"):
+    for words in ("cannot download SOURCE 'funnel-transformer/small'", "config.json", "model.safetensors", "into a folder"):
         assert words in done.stderr
     assert not (tmp_path / "out").exists()
 
