@@ -8,6 +8,7 @@
 This file is the complete training recipe. Read it from top to bottom; copy and modify it.
 """
 
+import funnel.threads  # isort: skip  # noqa: F401  (sets OpenMP variables; must precede torch)
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,14 +25,13 @@ from funnel.options import option
 from funnel.training.device import DEVICES, DTYPES, autocast, choose_dtype, keep_freed_memory, peak_memory, seed_step, set_seed
 from funnel.training.distributed import Distributed, exit_process, init_distributed
 from funnel.training.divergence import NonFiniteGuard
-from funnel.training.error_analysis import analyze_errors
 from funnel.training.evaluate import evaluate, loss_function
 from funnel.training.optim import LinearWarmupDecay, clip_grad_norm, param_groups
 from funnel.training.progress import Progress, print_banner, print_data
 from funnel.training.run_dir import RunDir, describe_data
 from funnel.training.signals import GracefulStop
-from funnel.training.state import TrainComponents, TrainState
-from funnel.weights.build import BuiltModel, WeightsArgs, build_classifier
+from funnel.training.state import TrainComponents
+from funnel.weights.build import RANDOM, RANDOM_LEARNING_RATE, BuiltModel, WeightsArgs, build_classifier
 from funnel.weights.surgery import write_plan
 
 
@@ -41,7 +41,7 @@ class TrainArgs(WeightsArgs, TaskArgs):
     --blocks, --init, --keep and --layout-plan. `load` fills in the task's defaults (funnel/data/tasks.py)."""
 
     epochs: float = option(None, "training epochs, may be fractional (default: the task's)", bounds="(0, 1e6]")
-    lr: float = option(None, "peak learning rate (default: the task's)", bounds="(0, 1e3]")
+    lr: float = option(None, "peak learning rate (default: the task's; for random weights 5e-4)", bounds="(0, 1e3]")
     batch_size: int = option(None, "examples per step, across all processes (default: the task's)", bounds="[1, inf)")
     max_length: int = option(None, "truncate texts to this many tokens (default: the task's)", bounds="[1, inf)")
     warmup: float = option(0.1, "fraction of all steps used for learning-rate warmup", bounds="[0, 1)")
@@ -54,11 +54,12 @@ class TrainArgs(WeightsArgs, TaskArgs):
     compile: bool = option(False, "use torch.compile")
     fsdp: bool = option(False, "with torchrun: shard weights and optimizer state across processes (FSDP2)")
     out: Path | None = option(None, "run folder (default: runs/TASK-BLOCKS-seedN)")
-    resume: bool = option(False, "continue the run in --out from its last checkpoint")
+    resume: bool = option(False, "continue the run in --out, with its arguments; --epochs may be increased")
     log_every: int = option(20, "steps between log lines", metavar="N", bounds="[1, inf)")
     eval_every: int | None = option(None, "steps between evaluations (default: a quarter epoch)", bounds="[1, inf)")
     save_every: int | None = option(None, "steps between checkpoints (default: at evaluations)", bounds="[1, inf)")
     keep_checkpoints: int = option(2, "number of checkpoints to keep", metavar="N", bounds="[1, inf)")
+    keep_optimizer: bool = option(False, "keep the optimizer's state after the last step, to add epochs without a new warmup")
     debug: bool = option(False, "show the full traceback of errors")
 
     def __post_init__(self) -> None:
@@ -69,40 +70,34 @@ class TrainArgs(WeightsArgs, TaskArgs):
         if self.fsdp and self.dtype == "fp16":
             raise FunnelError("fsdp: use --dtype bf16 or fp32, not fp16", "fsdp")
 
-    def schedule(self, n_examples: int) -> tuple[int, int, int]:
-        """The total number of steps, the steps between evaluations, and the steps between checkpoints."""
-        steps_per_epoch = math.ceil(n_examples / self.batch_size)
-        eval_every = self.eval_every or math.ceil(steps_per_epoch / 4)
-        return max(1, round(steps_per_epoch * self.epochs)), eval_every, self.save_every or eval_every
 
-
-def load(args: TrainArgs, dist: Distributed) -> tuple[TrainArgs, Task, BuiltModel, Dataset, dict[str, Dataset]]:
-    """Loads the data, builds the model on the CPU, and returns `args` with the task's defaults filled in."""
+def load(args: TrainArgs, dist: Distributed, run: RunDir) -> tuple[TrainArgs, Task, BuiltModel, Dataset, dict[str, Dataset]]:
+    """Loads data and model (on the CPU, from the checkpoint of a resumed run); fills in the task's defaults in `args`."""
     task = load_task(args)
-    args = replace(
-        args,
-        epochs=args.epochs or task.epochs,
-        lr=args.lr or task.learning_rate,
-        batch_size=args.batch_size or task.batch_size,
-        max_length=args.max_length or task.max_length,
-        weights=args.weights or ("none" if task.name == "demo" else "funnel-transformer/small"),
-    )
+    weights = args.weights or (RANDOM if task.name == "demo" else "funnel-transformer/small")
+    learning_rate = RANDOM_LEARNING_RATE if weights == RANDOM else task.learning_rate
+    args = replace(args, weights=weights, epochs=args.epochs or task.epochs, lr=args.lr or learning_rate)
+    args = replace(args, batch_size=args.batch_size or task.batch_size, max_length=args.max_length or task.max_length)
     set_seed(args.seed)  # for randomly initialized weights
     keep_freed_memory()
     bytes_per_weight = 16 if dist.device.type == "cpu" else 4  # on a CPU, gradient and AdamW moments too
-    built = build_classifier(args, task.label_names, task.files["train"].iter_texts(), bytes_per_weight)
+    if run.checkpoint is not None:
+        built = BuiltModel(run.checkpoint.model, run.checkpoint.tokenizer, [], "the run's last checkpoint")
+    else:
+        built = build_classifier(args, task, args.max_length, bytes_per_weight)
     encode = partial(encode_examples, label_ids=task.label_ids, tokenizer=built.tokenizer, max_length=args.max_length)
     eval_sets = {split: encode(file) for split, file in task.files.items()}
     train_set = eval_sets.pop("train")
     if not eval_sets:
         train_set, eval_sets["dev"] = train_set.split(args.dev_share or 0.1, args.seed)
-    built.calibrate(train_set)  # LayerNorms of new identity layers
+    built.calibrate(train_set)  # LayerNorms of new identity layers; a resumed run has none
+    built.standardize_labels(train_set)  # for regression
     print_data(task, train_set, eval_sets)
     return args, task, built, train_set, eval_sets
 
 
 def train_step(batch: Batch, args: TrainArgs, components: TrainComponents, guard: NonFiniteGuard) -> Tensor:
-    """Takes one optimizer step; returns the loss, still on the device."""
+    """Takes one optimizer step; returns the loss (regression: of standardized labels), still on the device."""
     dist, wrapped, optimizer, scaler = components.dist, components.wrapped, components.optimizer, components.scaler
     loss = torch.zeros((), device=dist.device)
     micro_batches = batch.split(args.grad_accum)
@@ -110,7 +105,7 @@ def train_step(batch: Batch, args: TrainArgs, components: TrainComponents, guard
         with dist.sync_gradients(wrapped, is_last=i == len(micro_batches) - 1):
             with autocast(dist.device, components.dtype):
                 logits = wrapped(**micro.inputs)
-            micro_loss = loss_function(logits, micro.labels) * micro.weight
+            micro_loss = loss_function(logits, micro.labels, components.model.config.label_std) * micro.weight
             scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     loss = dist.mean(loss)
@@ -124,16 +119,18 @@ def train_step(batch: Batch, args: TrainArgs, components: TrainComponents, guard
 
 def train(args: TrainArgs, dist: Distributed, command: str) -> dict[str, float]:
     """Trains one model; returns the best evaluation on dev."""
-    # data, model, schedule, run folder
+    # run folder, data, model, schedule
+    run = RunDir.open(args, dist)
     with dist.main_process_first():  # the others find downloads and encoded texts in the cache
-        args, task, built, train_set, eval_sets = load(args, dist)
+        args, task, built, train_set, eval_sets = load(args, dist, run)
     model, tokenizer = built.model, built.tokenizer
     dtype = choose_dtype(args.dtype, dist.device, model.config.d_model)
-    total_steps, eval_every, save_every = args.schedule(len(train_set))
+    steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
+    total_steps = max(1, round(steps_per_epoch * args.epochs))
+    eval_every = args.eval_every or math.ceil(steps_per_epoch / 4)
     derived = {"blocks": model.config.layout, "dtype": dtype, "steps": total_steps, **describe_data(task, train_set, eval_sets)}
-    run = RunDir.open(args, derived, command, dist)
-    state = run.resume(model, dist) if args.resume else TrainState()
-    if dist.is_main:
+    state = run.start(args, derived, command)
+    if dist.is_main and run.checkpoint is None:
         write_plan(run.folder / "layout_plan.json", built.plan)
 
     # optimizer; a fused one can skip an update on the device, which NonFiniteGuard needs
@@ -141,22 +138,22 @@ def train(args: TrainArgs, dist: Distributed, command: str) -> dict[str, float]:
     model.set_gradient_checkpointing(args.gradient_checkpointing)
     wrapped = dist.wrap(model, fsdp=args.fsdp, compile=args.compile)
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, eps=1e-6, fused=True)
-    schedule = LinearWarmupDecay(optimizer, args.lr, total_steps, args.warmup)
+    schedule = LinearWarmupDecay(optimizer, args.lr, range(state.schedule_start, total_steps), state.warmup)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
     components = TrainComponents(dist, model, wrapped, tokenizer, optimizer, scaler, dtype)
     state.restore(components)
     data = partial(train_set.batches, args.batch_size, args.seed, shard=dist.shard)
     guard = NonFiniteGuard(components, data, schedule, args)
-    print_banner(run, state, components, built.origin)
+    print_banner(run, components, built.origin)
 
     # training loop: log, evaluate and save when due, then take the next step
     batches = data(start=state.step)
-    with GracefulStop(dist) as stop, Progress(run, state, total_steps) as progress:
+    with GracefulStop(dist) as stop, Progress(run, state, total_steps, model.config.label_std) as progress:
         while True:
             stopping = stop.requested()
             log_due = state.is_due(args.log_every, total_steps) or state.is_due(eval_every, total_steps)
             eval_due = state.is_due(eval_every, total_steps) and state.evaluated_step < state.step and not stopping
-            save_due = state.is_due(save_every, total_steps) or stopping
+            save_due = state.is_due(args.save_every or eval_every, total_steps) or stopping
             if log_due or save_due:
                 guard.check(state.step)  # waits for the device; ends the run if a step was not finite
             if log_due:
@@ -165,10 +162,10 @@ def train(args: TrainArgs, dist: Distributed, command: str) -> dict[str, float]:
                 results = evaluate(components, eval_sets, task.metrics, stop.poll) if eval_due else {}
                 stopping = stopping or results is None  # a signal interrupted the evaluation
                 if results:
-                    progress.log_evaluation(results, eval_sets, task)
+                    guard.check_evaluation(state.step, results)  # fp16 may overflow
+                    progress.log_evaluation(results)
                     if state.record_evaluation(results["dev"].scores, task.metrics[0]):
-                        errors = analyze_errors(results["dev"].logits, eval_sets["dev"], model.config, tokenizer)
-                        run.save_best(components, errors)
+                        run.save_best(components, results["dev"].logits, eval_sets["dev"])
                 if save_due or stopping:
                     run.save_last(state, components)
             if stopping or state.step == total_steps:
@@ -187,6 +184,7 @@ def train(args: TrainArgs, dist: Distributed, command: str) -> dict[str, float]:
 def launch(args: TrainArgs, command: str) -> None:
     """Trains in this process, which may be one of several started by torchrun."""
     with init_distributed(args.device, fsdp=args.fsdp) as dist:
+        args = dist.run_on_main_and_broadcast(lambda: args)  # another machine may not have the folder of a run to resume
         train(args, dist, command)
 
 

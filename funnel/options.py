@@ -1,7 +1,8 @@
 """Dataclass fields with help text and bounds; `funnel.cli.common` generates flags from them."""
 
 import dataclasses
-import math
+import types
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,15 @@ def option(
     """
     metadata = {"help": help, "bounds": bounds, "choices": choices, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def option_types(options: type) -> dict[str, type]:
+    """The type of each field of a dataclass, without None."""
+    kinds = typing.get_type_hints(options)
+    for name, kind in kinds.items():
+        if isinstance(kind, types.UnionType):  # X | None
+            kinds[name] = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+    return kinds
 
 
 def check_options(options: Any) -> None:
@@ -42,4 +52,4 @@ def _contains(bounds: str, value: float) -> bool:
     low, high = (float(bound) for bound in bounds[1:-1].split(","))
     above = value >= low if bounds[0] == "[" else value > low
     below = value <= high if bounds[-1] == "]" else value < high
-    return above and below and not math.isnan(value)
+    return above and below

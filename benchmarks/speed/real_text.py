@@ -45,7 +45,7 @@ class RealText:
         """SST-2 from a folder, or the demo task."""
         task = locate_files(get_task("sst2" if data else "demo"), data)
         examples = task.files["train"]
-        built = build_classifier(weights, task.label_names, examples.iter_texts())
+        built = build_classifier(weights, task, task.max_length)
         dataset = encode_examples(examples, task.label_ids, built.tokenizer, task.max_length)
         return cls(task, built, dataset, choose_dtype(None, device, built.model.config.d_model), device)
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from funnel.data.dataset import Batch, Dataset, encode_examples
 from funnel.data.tasks import get_task, locate_files
 from funnel.data.tokenizer import FunnelTokenizer
-from funnel.model.heads import FunnelForSequenceClassification
-from funnel.weights.build import WeightsArgs, build_classifier
+from funnel.model.heads import FunnelBaseModel
 from funnel.weights.load import read_source_config
 
 LAYOUTS = ("6", "5,1", "4,2", "3,3", "3,2,1", "2,2,2")
@@ -47,9 +46,7 @@ def bert_cls(bert: Any, input_ids: Tensor, attention_mask: Tensor, token_type_id
     return states[:, 0]
 
 
-def funnel_cls(
-    model: FunnelForSequenceClassification, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
-) -> Tensor:
+def funnel_cls(model: FunnelBaseModel, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
     """Funnel's [CLS] after the last layer, [b, d]."""
     states, _ = model.encode(input_ids, attention_mask, token_type_ids)
     return states[-1][:, 0]
@@ -124,7 +121,7 @@ def main() -> None:
     print(header)
     order_rows = []
     for blocks in args.layouts:
-        model = build_classifier(WeightsArgs(str(args.source), blocks), ["no", "yes"]).model
+        model = FunnelBaseModel.from_pretrained(args.source, blocks=blocks)
         states = {name: cls_states(batches[name], partial(funnel_cls, model)) for name in args.tasks}
         pairs = [(states[name], bert_states[name]) for name in args.tasks]
         print(f"| {blocks} | {' | '.join(distance(*pair) for pair in pairs)} |", flush=True)

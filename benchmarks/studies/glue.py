@@ -29,6 +29,7 @@ from funnel.data.tasks import get_task, locate_files
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.training.device import autocast, choose_dtype, keep_freed_memory, set_seed
 from funnel.training.evaluate import compute_metrics, loss_function, predict_logits
+from funnel.training.metrics import LOWER_IS_BETTER
 from funnel.training.optim import LinearWarmupDecay, clip_grad_norm
 
 RESULTS = Path(__file__).with_name("glue.jsonl")
@@ -110,7 +111,7 @@ def run_funnel(run: Run, settings: Settings) -> dict[str, float]:
     arguments += ["--blocks", run.blocks, "--seed", str(run.seed), "--epochs", str(run.epochs)]
     scores = train(arguments, folder, settings.jobs)
     shutil.rmtree(folder)
-    return {metric: scores[metric] for metric in get_task(run.task).metrics}
+    return select_scores(scores, run.task)
 
 
 def run_bert(run: Run, settings: Settings) -> dict[str, float]:
@@ -120,6 +121,11 @@ def run_bert(run: Run, settings: Settings) -> dict[str, float]:
     process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment(settings.jobs), cwd=ROOT)
     scores: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
     return scores
+
+
+def select_scores(scores: dict[str, float], task: str) -> dict[str, float]:
+    """The task's metrics that GLUE reports: all except rmse, which is not a percentage."""
+    return {metric: scores[metric] for metric in get_task(task).metrics if metric not in LOWER_IS_BETTER}
 
 
 class BertClassifier(nn.Module):
@@ -161,7 +167,7 @@ def train_bert(run: Run, settings: Settings) -> dict[str, float]:
     steps_per_epoch = -(-len(train_set) // task.batch_size)
     total_steps = max(1, round(steps_per_epoch * run.epochs))
     optimizer = torch.optim.AdamW(model.param_groups(), lr=task.learning_rate, eps=1e-6, fused=True)
-    schedule = LinearWarmupDecay(optimizer, task.learning_rate, total_steps, 0.1)
+    schedule = LinearWarmupDecay(optimizer, task.learning_rate, range(total_steps), 0.1)
     batches = islice(train_set.batches(task.batch_size, run.seed), total_steps)
     for step, batch in enumerate(batches):
         schedule.set(step)
@@ -174,7 +180,7 @@ def train_bert(run: Run, settings: Settings) -> dict[str, float]:
     with autocast(device, dtype):
         logits = predict_logits(model, dev_set)
     scores = compute_metrics(logits, dev_set, task.metrics)
-    return {metric: scores[metric] for metric in task.metrics}
+    return select_scores(scores, run.task)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ LAYOUTS = ("3,3,3", "4,4,4", "2,2,2,2", "2,2,2,2,2,2,2", "4,4,4,4,4,4,4", "3,3",
 @torch.no_grad()
 def cls_states(weights: WeightsArgs, task: Task, num_texts: int) -> Tensor:
     """[CLS] of the first dev texts after the last layer, [num_texts, d]."""
-    built = build_classifier(weights, task.label_names)
+    built = build_classifier(weights, task, task.max_length)
     dataset = encode_examples(task.files["dev"], task.label_ids, built.tokenizer, task.max_length)
     built.calibrate(dataset)
     batch = dataset.batch(np.arange(num_texts))

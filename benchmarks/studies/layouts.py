@@ -167,7 +167,7 @@ def time_layouts(layouts: list[str], task_name: str, settings: Settings, rounds:
     """Seconds of training per text for each layout: the median of rounds in which all train on the same batches."""
     keep_freed_memory()
     task = load_task(TaskArgs(task_name, settings.data))
-    built = [build_classifier(WeightsArgs(settings.weights, layout), task.label_names) for layout in layouts]
+    built = [build_classifier(WeightsArgs(settings.weights, layout), task, task.max_length) for layout in layouts]
     dataset = encode_examples(task.files["train"], task.label_ids, built[0].tokenizer, task.max_length)
     batches = [dataset.batch(rows) for rows in dataset.training_batches(task.batch_size, 0, 0)[:TIMED_STEPS]]
     models = [TimedModel(model) for model, *_ in built]

@@ -9,14 +9,14 @@ import re
 import shlex
 import signal
 import sys
-import types
-import typing
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import funnel.threads  # noqa: F401  (sets OpenMP's environment variables before a command imports torch)
 from funnel.errors import FunnelError, StoppedBySignal, exit_silently
+from funnel.options import option_types
 
 Options = TypeVar("Options")
 
@@ -37,21 +37,76 @@ def flag(name: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
-    """Adds one flag for each field that a dataclass defines with `funnel.options.option`, inherited ones included."""
-    hints = typing.get_type_hints(options)
+    """Adds one flag for each field that a dataclass defines with `funnel.options.option`, inherited ones included.
+
+    Defaults stay in the dataclass, so the result contains only the flags that were given.
+    """
+    kinds = option_types(options)
     for field in dataclasses.fields(options):
-        kind = hints[field.name]
-        if isinstance(kind, types.UnionType):  # X | None
-            kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
-        help_text = field.metadata["help"]
+        kind, help_text = kinds[field.name], field.metadata["help"]
         if kind is bool:
             parser.add_argument(flag(field.name), action="store_true", help=help_text)
             continue
         if field.default is not None:
-            help_text += " (default: %(default)s)"
+            help_text += f" (default: {field.default})"
         metavar = field.metadata["metavar"] or {int: "N", float: "X", Path: "PATH"}.get(kind)
-        values = {"choices": field.metadata["choices"], "metavar": metavar}
-        parser.add_argument(flag(field.name), type=kind, default=field.default, help=help_text, **values)
+        parser.add_argument(flag(field.name), type=kind, choices=field.metadata["choices"], metavar=metavar, help=help_text)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that `check_output` suggests."""
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+
+
+def check_output(path: Path, parameter: str, inputs: Sequence[Path] = (), overwrite: bool = False) -> None:
+    """Checks a file to be written, before any work is done.
+
+    Args:
+        parameter: the one that contains the path, for the error message.
+        inputs: files that must not be replaced, even with `overwrite`.
+        overwrite: whether an existing file may be replaced.
+
+    Raises:
+        FunnelError: the path is one of the inputs, exists without `overwrite`, is not a regular file, or its folder is not
+            writable.
+    """
+    real = Path(os.path.realpath(path))  # resolves "missing/..", too
+    if not os.path.exists(real):
+        existing = next(folder for folder in real.parents if os.path.exists(folder))
+        if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
+            raise FunnelError(f"{parameter} {path}: {existing} is not a writable folder; choose another one", parameter)
+        return
+    if any(os.path.exists(file) and os.path.samefile(real, file) for file in inputs):
+        raise FunnelError(f"{parameter} {path}: this command reads the file; choose another name", parameter)
+    if not os.path.isfile(real):
+        kind = "a folder" if os.path.isdir(real) else "a pipe or device"
+        raise FunnelError(f"{parameter} {path}: expected a file to write, found {kind}", parameter)
+    if not overwrite:
+        raise FunnelError(f"{parameter} {path}: already exists; choose another name, or add --overwrite", parameter)
+
+
+def files_of_run(folder: Path) -> list[Path]:
+    """The files of a run or checkpoint folder that no output may replace."""
+    names = (
+        "run.json",
+        "metrics.jsonl",
+        "layout_plan.json",
+        "config.json",
+        "tokenizer.json",
+        "checksums.json",
+        "evaluation.json",
+    )
+    return [*(folder / name for name in names), *folder.glob("best/*"), *folder.glob("last*/*")]
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Pads cells to columns: the first one left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *cells in rows:
+        aligned = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
 
 
 def run_script(options: type[Options], work: Callable[[Options, str], object], arguments: Sequence[str] | None) -> int:
@@ -97,15 +152,21 @@ def command_line(program: str, arguments: Sequence[str], is_process: bool) -> st
 def parse_options(
     options: type[Options], arguments: Sequence[str], program: str | None = None, description: str | None = None
 ) -> Options:
-    """Parses a command line into a dataclass.
+    """Parses a command line into a dataclass. With --resume, the run in --out has the arguments that are not given.
 
     Raises:
-        FunnelError: from the dataclass's `__post_init__`.
+        FunnelError: from the dataclass's `__post_init__`, or the run cannot be resumed with these arguments.
         SystemExit: a flag is unknown or has a value of the wrong type, or after --help.
     """
-    parser = ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    parser = ArgumentParser(prog=program, description=description, allow_abbrev=False,
+                            argument_default=argparse.SUPPRESS)  # fmt: skip
     add_options(parser, options)
-    return options(**vars(parser.parse_args(arguments)))
+    given = vars(parser.parse_args(arguments))
+    if {"resume", "out"} <= given.keys():
+        from funnel.cli.resume import resumed_arguments  # imports torch
+
+        given = resumed_arguments(options, given)
+    return options(**given)
 
 
 def run_command(program: str, run: Callable[[], object], *, on_interrupt: str = "", debug: bool = False) -> int:
@@ -154,7 +215,7 @@ def _with_flag(error: Exception) -> str:
     if not isinstance(error, FunnelError) or error.parameter is None:
         return message
     name = error.parameter
-    renamed, count = re.subn(rf"(?<![\w-]){name}(?!\w)", flag(name), message, count=1)
+    renamed, count = re.subn(rf"(?<![\w./'-]){name}(?![\w/]|\.\w)", flag(name), message, count=1)
     return renamed if count else f"{flag(name)}: {message}"
 
 

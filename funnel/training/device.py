@@ -15,12 +15,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("cpu", "cuda", "mps")
 
 
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | torch.device | None) -> torch.device:
     """Returns the named device, or the fastest available one.
+
+    Args:
+        name: one of `DEVICES`, or a torch.device.
 
     Raises:
         FunnelError: the device is not available.
     """
+    name = None if name is None else str(name)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     usable = [device for device, is_available in available.items() if is_available]
     if name is not None and name not in usable:
@@ -34,6 +38,8 @@ def choose_dtype(name: str | None, device: torch.device, d_model: int) -> str:
     On a CPU, casting matrices narrower than 256 takes longer than bf16 matrix products save.
     """
     if name is not None:
+        if name not in DTYPES:
+            raise FunnelError(f"unknown dtype {name!r}; choose from {', '.join(DTYPES)}", "dtype")
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

@@ -1,6 +1,6 @@
 """Detects non-finite losses and gradients before they damage the weights, and finds the cause."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from funnel.data.dataset import Batch
 from funnel.errors import FunnelError, exit_silently, plural
+from funnel.model.heads import FunnelPreTrainedModel
 from funnel.training.device import autocast, seed_step
-from funnel.training.evaluate import loss_function
+from funnel.training.evaluate import Evaluation, check_finite_logits, loss_function
 from funnel.training.optim import LinearWarmupDecay, full_tensor
 from funnel.training.state import TrainComponents
 
@@ -60,6 +61,17 @@ class NonFiniteGuard:
             bad_step = step - suppressed
             self._fail(bad_step, self._diagnose(bad_step) or "loss and gradients are finite when recomputed")
 
+    def check_evaluation(self, step: int, results: Mapping[str, Evaluation]) -> None:
+        """Raises FunnelError if an evaluation's logits are not finite. All ranks must call it, with all logits."""
+        for split, (logits, _) in results.items():
+            try:
+                check_finite_logits(logits, split, self.components.dtype)
+            except FunnelError as error:
+                if not self.components.dist.is_main:
+                    exit_silently(2)
+                message = f"evaluation at step {step:,}: {error} in a new run. Earlier checkpoints are intact"
+                raise FunnelError(message, error.parameter) from None
+
     def _diagnose(self, step: int) -> str | None:
         """Recomputes a step; returns the first cause found on any rank."""
         dist, model = self.components.dist, self.components.model
@@ -84,7 +96,7 @@ class NonFiniteGuard:
         )
 
 
-def forward_and_find_nonfinite(model: nn.Module, batch: Batch) -> tuple[Tensor, str | None]:
+def forward_and_find_nonfinite(model: FunnelPreTrainedModel, batch: Batch) -> tuple[Tensor, str | None]:
     """Computes the loss of a batch; names the first module, in order of execution, with a non-finite output, if any."""
     nonfinite: list[str] = []  # modules
 
@@ -98,7 +110,7 @@ def forward_and_find_nonfinite(model: nn.Module, batch: Batch) -> tuple[Tensor, 
     with_parameters = [(name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     handles = [module.register_forward_hook(hook(name)) for name, module in with_parameters]
     try:
-        loss = loss_function(model(**batch.inputs), batch.labels)
+        loss = loss_function(model(**batch.inputs), batch.labels, model.config.label_std)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,8 +1,9 @@
-"""Error analysis on dev: the confusion matrix and the examples with the largest loss.
+"""Error analysis on a labeled dataset: the confusion matrix and the examples with the largest loss.
 
-Saved with a run's best checkpoint, so that a report needs neither the data nor the model.
+A run saves the analysis of dev with its best checkpoint, so that a report needs neither the data nor the model.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,9 @@ def analyze_errors(logits: Tensor, dataset: Dataset, config: FunnelConfig, token
     Returns:
         `examples`: number of examples. `mistakes`: those with the largest loss (classification: among the wrong ones), with
         `text` (decoded from the ids), `label` and `predicted`. For a classifier also `labels` (names), `confusion`
-        ([label, prediction] counts), and `probability` (of the label, of the prediction) for each mistake. For a
-        regression `points`, pairs of label and prediction from evenly spaced rows.
+        ([label, prediction] counts), `classes` (`label`, `precision`, `recall`, `f1` and number of `examples` of each class; 0
+        where undefined), and `probability` (of the label, of the prediction) for each mistake. For a regression `points`,
+        pairs of label and prediction from evenly spaced rows.
     """
     if config.problem_type == "regression":
         results, cost, mistakes = _analyze_regression(logits, dataset.labels)
@@ -68,4 +70,29 @@ def _analyze_classification(logits: Tensor, labels: np.ndarray, config: FunnelCo
         probability = [float(probabilities[row, label]), float(probabilities[row, prediction])]
         return {"label": names[label], "predicted": names[prediction], "probability": probability}
 
-    return {"labels": names, "confusion": confusion.tolist()}, cost, mistake
+    return {"labels": names, "confusion": confusion.tolist(), "classes": _class_scores(names, confusion)}, cost, mistake
+
+
+def _class_scores(names: Sequence[str], confusion: np.ndarray) -> list[dict[str, Any]]:
+    """Precision, recall and F1 of each class. confusion [label, prediction]."""
+    correct, actual, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    precision, recall = correct / np.maximum(predicted, 1), correct / np.maximum(actual, 1)
+    f1 = 2 * correct / np.maximum(actual + predicted, 1)
+    return [
+        {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "examples": int(n)}
+        for name, p, r, f, n in zip(names, precision, recall, f1, actual, strict=True)
+    ]
+
+
+def single_class_warning(evaluation: Mapping[str, Any]) -> str | None:
+    """A warning if a classifier predicts the same class for all examples while their labels differ, else None.
+
+    Args:
+        evaluation: from `analyze_errors`; empty if there is none.
+    """
+    confusion = np.array(evaluation.get("confusion", []), ndmin=2)  # [label, prediction]
+    predicted, actual = np.flatnonzero(confusion.sum(0)), confusion.sum(1)
+    if len(predicted) != 1 or np.count_nonzero(actual) == 1:
+        return None
+    name, share = evaluation["labels"][predicted[0]], actual[predicted[0]] / actual.sum()
+    return f"predicts {name!r} for all {actual.sum():,} examples of dev; its accuracy, {share:.1%}, is that class's frequency"

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funnel.data.dataset import WHOLE, Dataset, Shard
-from funnel.errors import StoppedBySignal
+from funnel.errors import FunnelError, StoppedBySignal, plural
 from funnel.training.device import autocast
-from funnel.training.metrics import METRICS
+from funnel.training.metrics import LOSS, get_metric, rmse
 from funnel.training.state import TrainComponents
 
 BATCH_SIZE = 64
@@ -30,10 +30,15 @@ class Evaluation(NamedTuple):
     scores: dict[str, float]
 
 
-def loss_function(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy for label ids, mean squared error for float labels. logits [b, n_outputs], labels [b]."""
+def loss_function(logits: Tensor, labels: Tensor, label_std: float = 1.0) -> Tensor:
+    """Mean cross-entropy for label ids, mean squared error for float labels. logits [b, n_outputs], labels [b].
+
+    Args:
+        label_std: unit of the squared errors. Training uses the labels' standard deviation (`FunnelConfig.label_std`), so
+            that gradients do not depend on the labels' scale; with 1, the loss is in the labels' own units.
+    """
     if labels.is_floating_point():
-        return F.mse_loss(logits.float().squeeze(1), labels)
+        return ((logits.float().squeeze(1) - labels) / label_std).square().mean()
     return F.cross_entropy(logits.float(), labels)
 
 
@@ -49,6 +54,7 @@ def evaluate(
         Results by dataset name; None if stopped.
     """
     results = {}
+    label_names = list(components.model.config.id2label.values())
     for name, dataset in datasets.items():
         try:
             with autocast(components.dist.device, components.dtype):
@@ -56,8 +62,26 @@ def evaluate(
         except StoppedBySignal:
             return None
         logits = components.dist.sum(logits)
-        results[name] = Evaluation(logits, compute_metrics(logits, dataset, metrics))
+        results[name] = Evaluation(logits, compute_metrics(logits, dataset, metrics, label_names))
     return results
+
+
+def check_finite_logits(logits: Tensor, dataset: str, dtype: str) -> None:
+    """Raises FunnelError if logits are not finite, as when activations overflow in fp16.
+
+    Args:
+        logits: [n_examples, n_outputs].
+        dataset: its name, for the message.
+        dtype: the dtype of matrix products.
+    """
+    count = int((~logits.isfinite()).any(dim=1).sum())
+    if count:
+        advice = {"fp16": "dtype bf16 or fp32", "bf16": "dtype fp32 or a lower learning rate"}
+        raise FunnelError(
+            f"the logits of {plural(count, 'example')} of {dataset} are not finite in {dtype}; "
+            f"use {advice.get(dtype, 'an earlier checkpoint, or train with a lower learning rate')}",
+            "dtype" if dtype in advice else None,
+        )
 
 
 @torch.no_grad()
@@ -91,29 +115,33 @@ def predict_logits(model: nn.Module, dataset: Dataset, shard: Shard = WHOLE, pol
     return logits
 
 
-def compute_metrics(logits: Tensor, dataset: Dataset, metrics: tuple[str, ...]) -> dict[str, float]:
-    """Loss and metrics by name. logits [n_examples, n_outputs]."""
-    labels = torch.from_numpy(dataset.labels)
-    if not labels.is_floating_point():
-        labels = labels.long()
+def compute_metrics(
+    logits: Tensor, dataset: Dataset, metrics: Sequence[str], label_names: Sequence[str] = ()
+) -> dict[str, float]:
+    """Loss and metrics by name; a regression's loss is the mean squared error in the labels' units.
+
+    Args:
+        logits: [n_examples, n_outputs].
+        metrics: names as in `get_metric`.
+        label_names: names of the classes, for metrics of a single class.
+
+    Raises:
+        FunnelError: a metric is unknown.
+    """
     predictions = predictions_of(logits, dataset)
-    scores = {"loss": float(loss_function(logits, labels))}
-    return scores | {name: METRICS[name](predictions, dataset.labels) for name in metrics}
+    if is_regression(dataset):
+        loss = rmse(predictions, dataset.labels) ** 2
+    else:
+        loss = float(loss_function(logits, torch.from_numpy(dataset.labels).long()))
+    functions = {name: get_metric(name, label_names) for name in metrics}
+    return {LOSS: loss} | {name: compute(predictions, dataset.labels) for name, compute in functions.items() if compute}
 
 
 def predictions_of(logits: Tensor, dataset: Dataset) -> np.ndarray:
     """Predicted label ids, or scores if the labels are scores. logits [n_examples, n_outputs]."""
-    is_regression = dataset.labels.dtype == np.float32
-    return logits[:, 0].numpy() if is_regression else logits.argmax(1).numpy()
+    return logits[:, 0].numpy() if is_regression(dataset) else logits.argmax(1).numpy()
 
 
-def single_class_warning(logits: Tensor, labels: np.ndarray, label_names: Sequence[str]) -> str | None:
-    """A warning if a classifier predicts the same class for all examples while their labels differ, else None."""
-    predictions = logits.argmax(1).numpy()
-    if len(np.unique(predictions)) > 1 or len(np.unique(labels)) == 1:
-        return None
-    frequency = float((labels == predictions[0]).mean())
-    return (
-        f"the model predicts {label_names[int(predictions[0])]!r} for all {len(labels):,} examples; its accuracy, "
-        f"{frequency:.1%}, is that class's frequency. It has not learned the task: try a lower learning rate or more epochs"
-    )
+def is_regression(dataset: Dataset) -> bool:
+    """Whether the labels are scores rather than label ids."""
+    return dataset.labels.dtype == np.float32

@@ -1,9 +1,19 @@
-"""Evaluation metrics; they match scikit-learn and SciPy in degenerate cases, too.
+"""Evaluation metrics; they match scikit-learn and SciPy including in degenerate cases.
 
 Predictions and labels are arrays of the same length: label ids from 0, or scores.
 """
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
 import numpy as np
+
+from funnel.errors import FunnelError, format_list
+
+LOSS = "loss"  # may be chosen like a metric, but is computed from the logits
+LOWER_IS_BETTER = frozenset({LOSS, "rmse"})
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -12,16 +22,17 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """F1 of class 1; 0 if precision and recall are both 0."""
-    return _f1_of_class(1, predictions, labels)
+    """F1 of class 1, as GLUE defines it; 0 if precision and recall are both 0."""
+    return f1_of_class(1, predictions, labels)
 
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Unweighted mean of F1 over the classes that occur in predictions or labels."""
-    return float(np.mean([_f1_of_class(c, predictions, labels) for c in np.union1d(predictions, labels)]))
+    return float(np.mean([f1_of_class(c, predictions, labels) for c in np.union1d(predictions, labels)]))
 
 
-def _f1_of_class(label: int, predictions: np.ndarray, labels: np.ndarray) -> float:
+def f1_of_class(label: int, predictions: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of the class with the id `label`; 0 if precision and recall are both 0."""
     true_positives = int(((predictions == label) & (labels == label)).sum())
     predicted_and_actual = int((predictions == label).sum()) + int((labels == label).sum())
     return 2 * true_positives / predicted_and_actual if predicted_and_actual else 0.0
@@ -38,7 +49,9 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson correlation; NaN if either side is constant."""
+    """Pearson correlation; NaN if either side is constant or not finite."""
+    if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
+        return float("nan")
     if len(labels) < 2 or (predictions == predictions[0]).all() or (labels == labels[0]).all():
         return float("nan")
     x, y = (values.astype(np.float64) - values.mean(dtype=np.float64) for values in (predictions, labels))
@@ -53,17 +66,57 @@ def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
     return pearson(_ranks(predictions), _ranks(labels))
 
 
+def rmse(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Root mean squared error, in float64: squares of large labels overflow in float32."""
+    return float(np.sqrt(np.square(predictions.astype(np.float64) - labels).mean()))
+
+
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1; equal values get their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
-METRICS = {
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": accuracy,
     "f1": f1,
-    "macro_f1": macro_f1,
+    "f1 (macro)": macro_f1,
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,
+    "rmse": rmse,
 }
+
+
+# --- metrics by name --------------------------------------------------------------------------------------------------
+
+
+def get_metric(name: str, label_names: Sequence[str] = ()) -> Callable[[np.ndarray, np.ndarray], float] | None:
+    """The metric with this name: a key of `METRICS`, or "f1 (LABEL)" for the F1 of one class; None for "loss".
+
+    Args:
+        label_names: names of the classes, for "f1 (LABEL)".
+
+    Raises:
+        FunnelError: there is no such metric.
+    """
+    of_classes = {f"f1 ({label})": partial(f1_of_class, i) for i, label in enumerate(label_names)}
+    known = {**of_classes, **METRICS, LOSS: None}  # "f1 (macro)" is the mean even if a class is called "macro"
+    if name not in known:
+        choices = format_list([*METRICS, LOSS, *of_classes])
+        raise FunnelError(f"unknown metric {name!r}; choose from {choices}")
+    return known[name]
+
+
+def selection_key(scores: Mapping[str, Any], metric: str) -> tuple[float, float]:
+    """Sorts evaluations from the worst to the best by `metric`, and equal ones by their loss.
+
+    NaN and None are the worst value of the metric, and of the loss.
+    """
+    return _sortable(scores.get(metric), metric), _sortable(scores.get(LOSS), LOSS)
+
+
+def _sortable(value: float | None, metric: str) -> float:
+    if value is None or math.isnan(value):
+        return -math.inf
+    return -value if metric in LOWER_IS_BETTER else value

@@ -19,22 +19,22 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 class LinearWarmupDecay:
     """The learning rate: linear warmup from 0 to its peak, then linear decay to 0 (paper, section A.3).
 
-    A function of the step, so resuming needs no state.
+    A function of the step, so resuming needs no state of its own.
 
     Args:
         lr: peak learning rate.
-        total_steps: number of training steps.
-        warmup: fraction of all steps used for warmup.
+        steps: the steps of the schedule, counted from 0; they start later if a run is extended.
+        warmup: fraction of these steps used for warmup.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, lr: float, total_steps: int, warmup: float) -> None:
-        self.optimizer, self.peak, self.total_steps = optimizer, lr, total_steps
-        self.warmup_steps = max(1, math.ceil(total_steps * warmup))
+    def __init__(self, optimizer: torch.optim.Optimizer, lr: float, steps: range, warmup: float) -> None:
+        self.optimizer, self.peak, self.steps = optimizer, lr, steps
+        self.warmup_steps = max(1, math.ceil(len(steps) * warmup))
 
     def at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        rise = (step + 1) / self.warmup_steps
-        fall = (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps)
+        rise = (step - self.steps.start + 1) / self.warmup_steps
+        fall = (self.steps.stop - step) / max(1, len(self.steps) - self.warmup_steps)
         return self.peak * min(rise, fall)
 
     @property

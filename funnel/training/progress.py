@@ -7,21 +7,27 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from tqdm import tqdm
 
+from funnel.data.checks import compare_sets
 from funnel.data.dataset import Dataset
-from funnel.data.tasks import Task
+from funnel.data.tasks import CUSTOM, Task
 from funnel.errors import format_list, plural
-from funnel.training.evaluate import Evaluation, single_class_warning
+from funnel.io import read_json
+from funnel.training.error_analysis import EVALUATION_FILE, single_class_warning
+from funnel.training.evaluate import Evaluation
 from funnel.training.run_dir import RunDir
 from funnel.training.state import TrainComponents, TrainState
 
 
 class Progress:
-    """A progress bar and a clock that stops during evaluations and checkpoints. Only rank 0 prints."""
+    """A progress bar and a clock that stops during evaluations and checkpoints. Only rank 0 prints.
 
-    def __init__(self, run: RunDir, state: TrainState, total_steps: int) -> None:
-        self.run, self.state = run, state
+    Args:
+        label_std: standard deviation of a regression's labels; the training loss is shown in their units.
+    """
+
+    def __init__(self, run: RunDir, state: TrainState, total_steps: int, label_std: float = 1.0) -> None:
+        self.run, self.state, self.label_std = run, state, label_std
         self.examples = 0
-        self.warning: str | None = None
         self._started = time.perf_counter()
         disable = None if run.is_main else True  # None: no bar unless standard error is a terminal
         self.bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=disable, dynamic_ncols=True)
@@ -54,14 +60,12 @@ class Progress:
         """Logs the running mean of the loss, which waits for the device; nothing before this process's first step."""
         if not self.examples or self.state.mean_loss is None:
             return
-        loss, rate = float(self.state.mean_loss), self.examples_per_second
+        loss, rate = float(self.state.mean_loss) * self.label_std**2, self.examples_per_second
         self.run.log(step=self.state.step, split="train", loss=loss, lr=lr, examples_per_second=rate, memory_mib=memory_mib)
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} examples/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {_format_score(loss)}, {rate:.0f} examples/s", refresh=False)
 
-    def log_evaluation(self, results: Mapping[str, Evaluation], eval_sets: Mapping[str, Dataset], task: Task) -> None:
-        """Logs and prints an evaluation; remembers a warning if the classifier predicts a single class."""
-        if task.label_names is not None:
-            self.warning = single_class_warning(results["dev"].logits, eval_sets["dev"].labels, task.label_names)
+    def log_evaluation(self, results: Mapping[str, Evaluation]) -> None:
+        """Logs and prints an evaluation."""
         for split, (_, scores) in results.items():
             self.run.log(step=self.state.step, split=split, **scores)
             if self.run.is_main:
@@ -69,32 +73,60 @@ class Progress:
                 self.bar.write(text + ("" if split == "dev" else f" ({split})"))
 
     def print_summary(self) -> None:
-        """Prints the last and the best evaluation, the training time, and where the results are."""
-        if not self.examples:
-            print("nothing left to do: the run had already reached its last step")
+        """Prints the last and the best evaluation, the training time, and where the results are; only on rank 0."""
+        if not self.run.is_main:
+            return  # rank 0 may still be writing the files
         print(f"\nlast on dev: {format_scores(self.state.last)}\nbest on dev: {format_scores(self.state.best)}")
-        rate = f"{self.seconds / 60:.1f} minutes of training, {self.examples / self.seconds:.0f} examples/s"
-        print(f"{rate}; checkpoints and metrics.jsonl are in {self.run.folder}")
-        if self.warning:
-            print(f"warning: {self.warning}")
+        files = f"checkpoints and metrics.jsonl are in {self.run.folder} ({self.run.size() / 1e6:,.1f} MB)"
+        if self.examples:
+            rate = f"{self.examples / self.seconds:.0f} examples/s"
+            print(f"{self.seconds / 60:.1f} minutes of training, {rate}; {files}")
+        else:
+            print(files)
+        self._warn_about_single_class()
+
+    def _warn_about_single_class(self) -> None:
+        """Warns if the model in best/, which later commands use, predicts the same class for all examples."""
+        path = self.run.folder / "best" / EVALUATION_FILE
+        warning = single_class_warning(read_json(path)) if path.is_file() else None
+        if warning is not None:
+            # Random weights have learned nothing yet; pretrained ones may have been destroyed.
+            rate = "higher" if self.run.settings["weights"] == "none" else "lower"
+            print(
+                f"warning: the best checkpoint, of step {self.state.best['step']:,}, {warning}. "
+                f"It has not learned the task: try more epochs or a {rate} learning rate"
+            )
 
 
 def format_scores(scores: Mapping[str, float]) -> str:
-    """One line: "step 1,200: loss 0.3012, accuracy 0.8830"."""
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "step")
-    return f"step {scores['step']:,}: {metrics}"
+    """One line: "loss 0.3012, accuracy 0.8830", preceded by "step 1,200: " if the scores have a step."""
+    step = f"step {scores['step']:,}: " if "step" in scores else ""
+    metrics = ", ".join(f"{name} {_format_score(value)}" for name, value in scores.items() if name != "step")
+    return step + " ".join(metrics.split())  # the name of a class may contain a line break
+
+
+def _format_score(value: float) -> str:
+    is_usual = value == 0 or 1e-3 <= abs(value) < 10_000
+    return f"{value:.4f}" if is_usual else f"{value:.6g}"  # errors of large and small labels
 
 
 def print_data(task: Task, train_set: Dataset, eval_sets: Mapping[str, Dataset]) -> None:
-    """Prints the sizes of the datasets; warns of truncated texts and of classes that dev lacks."""
+    """Prints the sizes of the datasets, and warnings about them."""
     if task.description:
         print(task.description)
     sizes = ", ".join(f"{len(dataset):,} in {split}" for split, dataset in eval_sets.items())
     print(f"{task.title}: {plural(len(train_set), 'training example')}, {sizes}")
-    truncations = {dataset.truncation: split for split, dataset in {**eval_sets, "train": train_set}.items()}
-    for truncation, split in truncations.items():  # a dev set split off the training set has the same entry
-        if truncation.texts:
-            print(f"warning: {split}: {truncation}")
+    for warning in task.warnings:
+        print(f"warning: {warning}")
+    for split, dataset in {"train": train_set, **eval_sets}.items():
+        if split != "train" and split not in task.files:
+            continue  # split off the training file, whose warnings cover it
+        name = "train" if "dev" in task.files else "train and dev"
+        for warning in [str(dataset.truncation)] * (dataset.truncation.texts > 0) + list(dataset.warnings):
+            print(f"warning: {name if split == 'train' else split}: {warning}")
+    if task.name == CUSTOM:
+        for warning in compare_sets(task, train_set, eval_sets):
+            print(f"warning: {warning}")
     if task.label_names is not None:
         missing = np.setdiff1d(train_set.labels, eval_sets["dev"].labels)
         if len(missing):
@@ -102,7 +134,7 @@ def print_data(task: Task, train_set: Dataset, eval_sets: Mapping[str, Dataset])
             print(f"warning: {plural(len(missing), 'class')} without an example in dev: {names}")
 
 
-def print_banner(run: RunDir, state: TrainState, components: TrainComponents, origin: str) -> None:
+def print_banner(run: RunDir, components: TrainComponents, origin: str) -> None:
     """Prints what is trained, how, and where."""
     config, settings, dist = components.model.config, run.settings, components.dist
     parameters = sum(parameter.numel() for parameter in components.model.parameters())
@@ -113,5 +145,7 @@ def print_banner(run: RunDir, state: TrainState, components: TrainComponents, or
         f"learning rate {settings['lr']:g}, "
         f"{components.dtype} on {device}; writing to {run.folder}"
     )
-    if run.is_resumed:
-        print(f"resumed at step {state.step:,}" if state.step else "no checkpoint to resume from: starting at step 0")
+    if config.problem_type == "regression":
+        print(f"labels: mean {config.label_mean:.6g}, standard deviation {config.label_std:.6g}; standardized for training")
+    if run.resume_note:
+        print(run.resume_note)

@@ -1,10 +1,11 @@
 """Run folders: settings, log and checkpoints; how a run resumes.
 
-run.json          the command and the settings
+run.json          the command, its arguments, and the settings that follow from them and the data
 layout_plan.json  where each layer came from
 metrics.jsonl     one line per `log_every` steps, one per evaluation
 best/             the checkpoint of the best evaluation, with its error analysis (evaluation.json)
-last/             the newest checkpoint, with the state that resuming needs; last-1/, last-2/, ... are older ones
+last/             the newest checkpoint, with the state that resuming needs; last-1/, last-2/, ... are older ones.
+                  A finished run keeps only last/, by default without the optimizer's state.
 """
 
 import contextlib
@@ -12,16 +13,20 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from funnel.data.dataset import Dataset
-from funnel.data.tasks import Task
+from funnel.data.tasks import CUSTOM, Task
+from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError, error_reason, plural
 from funnel.io import (
     atomic_write,
@@ -33,17 +38,30 @@ from funnel.io import (
     write_json,
 )
 from funnel.model.checkpoint import CONFIG, TOKENIZER, Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from funnel.model.heads import FunnelForSequenceClassification
+from funnel.options import option_types
 from funnel.training.distributed import Distributed
-from funnel.training.error_analysis import EVALUATION_FILE
+from funnel.training.error_analysis import EVALUATION_FILE, analyze_errors
 from funnel.training.state import STATE_VERSION, TrainComponents, TrainState
 
-VERSION = 2  # of run.json
+VERSION = 3  # of run.json
 STATE = "training_state.pt"
-# Arguments that may change on resume: they do not affect the result, or the derived settings cover their effect.
-MAY_CHANGE = frozenset(
-    "out resume debug device fsdp gradient_checkpointing log_every save_every keep_checkpoints "
-    "dev text_column text_pair_column label_column problem".split()
+# Never restored from run.json: they describe this process.
+PER_PROCESS = frozenset(("out", "resume", "debug", "fsdp"))
+# Arguments that may change on resume: they do not affect the result, or settings derived from the data cover their effect.
+MAY_CHANGE = PER_PROCESS | frozenset(
+    "epochs device gradient_checkpointing log_every save_every keep_checkpoints keep_optimizer "
+    "data dev dev_share text_column text_pair_column label_column problem".split()
 )
+NOT_SETTINGS = MAY_CHANGE - {"epochs", "data", "dev_share"}  # arguments that the settings in run.json omit
+
+
+class LastCheckpoint(NamedTuple):
+    """A checkpoint to resume from."""
+
+    model: FunnelForSequenceClassification
+    tokenizer: FunnelTokenizer
+    state: TrainState
 
 
 class RunDir:
@@ -52,106 +70,125 @@ class RunDir:
     Args:
         folder: created by `start`, or that of an existing run.
         keep: number of `last` checkpoints to keep.
+        keep_optimizer: whether the last checkpoint of a finished run has the optimizer's state.
+
+    Attributes:
+        settings: those in run.json.
+        checkpoint: the one that the run resumes from; None for a new run, or if there is none yet.
+        resume_note: one line about how the run was resumed; "" for a new run.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, is_main: bool = True) -> None:
-        self.folder, self.keep, self.is_main = folder, keep, is_main
+    def __init__(self, folder: Path, keep: int = 2, keep_optimizer: bool = False, dist: Distributed | None = None) -> None:
+        self.folder, self.keep, self.keep_optimizer = folder, keep, keep_optimizer
+        self.dist = dist or Distributed(torch.device("cpu"))
+        self.is_main = self.dist.is_main
         self.settings: dict[str, Any] = {}
-        self.is_resumed = False
+        self.checkpoint: LastCheckpoint | None = None
+        self.resume_note = ""
         self._saved = (-1, -1)  # step and evaluation of the newest checkpoint
 
     @classmethod
-    def open(cls, args: Any, derived: Mapping[str, Any], command: str, dist: Distributed) -> "RunDir":
-        """Creates the folder of a new run, or checks that of the run to resume.
+    def open(cls, args: Any, dist: Distributed) -> "RunDir":
+        """Checks that the folder can hold a new run, or reads the newest checkpoint of the run to resume. Writes nothing.
 
         Args:
-            args: the command line as a dataclass; has `out`, `resume` and `keep_checkpoints`.
-            derived: settings that follow from the arguments: the task's, sizes, digests. A resumed run must have the same
-                arguments (except those in `MAY_CHANGE`) and derived settings.
-            command: recorded in run.json; `funnel sweep` compares it.
-        """
-        options = {name: value for name, value in dataclasses.asdict(args).items() if name not in MAY_CHANGE}
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-        settings = {**options, **derived}
-
-        def open_on_main() -> Path:
-            name = f"{settings['task']}-{settings['blocks']}-seed{settings['seed']}"
-            run = cls(args.out or create_unused_folder(Path("runs") / name))
-            run.check_settings(settings) if args.resume else run.start(settings, command)
-            return run.folder
-
-        run = cls(dist.run_on_main_and_broadcast(open_on_main), args.keep_checkpoints, dist.is_main)
-        run.settings, run.is_resumed = settings, args.resume
-        return run
-
-    def start(self, settings: Mapping[str, Any], command: str) -> None:
-        """Creates the folder and its run.json.
+            args: the arguments of train.py; `out`, `resume`, `keep_checkpoints` and `keep_optimizer` are used.
 
         Raises:
-            FunnelError: the folder is not empty or cannot be written.
+            FunnelError: the folder cannot be written or is not empty, all checkpoints are damaged, or the checkpoint to resume
+                from has no classifier.
         """
-        folder = self.folder
-        with os_errors(folder, "write"):
-            if folder.exists() and not folder.is_dir():
-                raise FunnelError(f"out {folder}: expected a folder, found a file", "out")
-            if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-                raise FunnelError(f"out {folder}: not empty; choose another folder, or resume the run in it", "out")
-            folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", {"version": VERSION, "command": command, "settings": dict(settings)})
+        run = cls(args.out or Path("runs"), args.keep_checkpoints, args.keep_optimizer, dist)
 
-    def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Raises FunnelError if the folder contains no run, or one that was started with different settings."""
-        record = self.folder / "run.json"
-        values = read_json(record) if record.exists() else {}
-        if not isinstance(values.get("settings"), dict):
-            raise FunnelError(f"resume: no run in {self.folder}", "resume")
-        if values.get("version") != VERSION:
+        def open_on_main() -> tuple[Checkpoint, FunnelTokenizer, TrainState] | None:
+            check_writable(run.folder, is_new=args.out is not None and not args.resume)
+            return run.load_last() if args.resume else None
+
+        loaded = dist.run_on_main_and_broadcast(open_on_main)
+        if loaded is not None:
+            (config, weights, _), tokenizer, state = loaded
+            model = FunnelForSequenceClassification(config).eval()
+            if new := load_weights(model, weights, str(run.folder)):
+                raise FunnelError(f"resume: the checkpoint in {run.folder} has no classifier ({new[0]})", "resume")
+            run.checkpoint = LastCheckpoint(model, tokenizer, state)
+            run._saved = (state.step, state.evaluated_step)
+        return run
+
+    def start(self, args: Any, derived: Mapping[str, Any], command: str) -> TrainState:
+        """Creates the folder of a new run, or checks and updates that of the run to resume; returns the state to start from.
+
+        Args:
+            args: the arguments of train.py, with the task's defaults filled in.
+            derived: settings that follow from the arguments and the data. Those of a resumed run must not have changed,
+                except for the number of steps.
+            command: recorded in run.json; `funnel sweep` compares it.
+
+        Raises:
+            FunnelError: the data has changed, or the run has already completed more steps.
+        """
+        values = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(args).items()}
+        self.settings = {**{name: v for name, v in values.items() if name not in NOT_SETTINGS}, **derived}
+        state = self.checkpoint.state if self.checkpoint else TrainState()
+        old_steps = state.total_steps
+
+        def start_on_main() -> Path:
+            if args.resume:
+                record = read_record(self.folder)
+                self._check_settings(record["settings"], derived)
+                state.plan_steps(derived["steps"], args.warmup)
+                if record["settings"]["steps"] != derived["steps"]:
+                    record["settings"].update(epochs=args.epochs, steps=derived["steps"])
+                    record["arguments"]["epochs"] = args.epochs
+                    write_json(self.folder / "run.json", record)
+                self.truncate_log(state)
+                return self.folder
+            if args.out is not None:
+                check_writable(args.out, is_new=True)  # check again: another run may have used it meanwhile
+            name = f"{derived['task']}-{derived['blocks']}-seed{args.seed}"
+            folder = args.out or create_unused_folder(self.folder / name)
+            arguments = absolute_paths(args)
+            arguments |= {name: derived[name] for name in ("task", "blocks", "dtype") if derived[name] != CUSTOM}
+            record = {"version": VERSION, "command": command, "settings": self.settings, "arguments": arguments}
+            write_json(folder / "run.json", record)
+            return folder
+
+        self.folder = self.dist.run_on_main_and_broadcast(start_on_main)
+        has_optimizer = bool(state.optimizer)
+        state.plan_steps(derived["steps"], args.warmup)
+        if args.resume:
+            self.resume_note = describe_resumption(state, old_steps, has_optimizer)
+        return state
+
+    def _check_settings(self, old: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
+        """Raises FunnelError if the run was started with other derived settings."""
+        changed = [name for name, value in derived.items() if name != "steps" and old.get(name) != value]
+        if "digests" in changed:
             raise FunnelError(
-                f"resume: the run in {self.folder} was started by an incompatible version of this program; "
-                f"start a new run, optionally with {self.folder} as the weights",
-                "resume",
+                f"the data has changed since the run was started; start a new one, optionally with weights {self.folder}",
+                "weights",
             )
-        old = values["settings"]
-        changed = [name for name, value in settings.items() if old.get(name) != value]
-        if changed == ["digests"]:
-            raise FunnelError(f"resume: the data has changed since {self.folder} was started; start a new run", "resume")
         if changed:
             name = changed[0]
             raise FunnelError(
-                f"resume: {self.folder} was started with {name} {old.get(name)!r}, not {settings[name]!r}; "
-                "repeat the original arguments, or start a new run",
-                "resume",
+                f"the run was started with {name} {old.get(name)!r}, not {derived[name]!r}; "
+                f"start a new one, optionally with weights {self.folder}",
+                "weights",
             )
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def resume(self, model: nn.Module, dist: Distributed) -> TrainState:
-        """Loads the newest intact checkpoint into `model` and returns its state; step 0 if there is none yet.
-
-        Drops the lines of metrics.jsonl that will be written again.
+    def load_last(self) -> tuple[Checkpoint, FunnelTokenizer, TrainState] | None:
+        """The newest intact checkpoint; None before the first one. Warns about damaged ones.
 
         Raises:
             FunnelError: all checkpoints are damaged.
         """
-        loaded = dist.run_on_main_and_broadcast(self.load_last)
-        state = TrainState()
-        if loaded is not None:
-            weights, state = loaded
-            if new := load_weights(model, weights, str(self.folder)):
-                raise FunnelError(f"resume: the classifier in {self.folder} has different outputs ({new[0]})", "resume")
-            self._saved = (state.step, state.evaluated_step)
-        if self.is_main:
-            self.truncate_log(state)
-        return state
-
-    def load_last(self) -> tuple[dict[str, Tensor], TrainState] | None:
-        """Weights and state of the newest intact checkpoint; None before the first one. Warns of damaged ones."""
         folders = folder_versions(self.folder / "last")
         for number, folder in enumerate(folders, 1):
             try:
-                weights = load_checkpoint(folder).weights  # verifies their checksum
+                checkpoint = load_checkpoint(folder)  # verifies the weights' checksum
                 verify_checksums(folder, [CONFIG, TOKENIZER, STATE])
-                return weights, _read_state(folder / STATE)
+                return checkpoint, FunnelTokenizer.load(folder), _read_state(folder / STATE)
             except FunnelError as error:
                 if number == len(folders):
                     newer = f" ({plural(number - 1, 'newer checkpoint')} damaged, too)" if number > 1 else ""
@@ -160,26 +197,39 @@ class RunDir:
         return None
 
     def save_last(self, state: TrainState, components: TrainComponents) -> None:
-        """Saves a checkpoint to resume from, unless this state is already saved. All ranks must call it."""
-        if state.step == 0 or self._saved == (state.step, state.evaluated_step):
-            return  # before the first step there is no optimizer state to save
-        dist = components.dist
-        weights = dist.model_state(components.model)
-        optimizer = dist.optimizer_state(components.model, components.optimizer)
-        values = state.to_dict(optimizer, components.scaler.state_dict())
+        """Saves a checkpoint to resume from, unless this state is already saved. All ranks must call it.
 
-        def write_state(folder: Path) -> None:
-            with (folder / STATE).open("wb") as file:
-                torch.save(values, file)
+        A finished run keeps only this checkpoint, without the optimizer's state unless `keep_optimizer` is set.
+        """
+        if state.step == 0:
+            return  # there is no optimizer state to save yet
+        if self._saved != (state.step, state.evaluated_step):
+            dist, optimizer = components.dist, {}
+            weights = dist.model_state(components.model)
+            if self.keep_optimizer or not state.is_finished:
+                optimizer = dist.optimizer_state(components.model, components.optimizer)
+            values = state.to_dict(optimizer, components.scaler.state_dict() if optimizer else {})
 
-        if self.is_main:
-            self._save("last", components, weights, write_state)
-        self._saved = (state.step, state.evaluated_step)
+            def write_state(folder: Path) -> None:
+                with (folder / STATE).open("wb") as file:
+                    torch.save(values, file)
 
-    def save_best(self, components: TrainComponents, evaluation: Mapping[str, Any]) -> None:
-        """Saves the checkpoint of the best evaluation with its error analysis. All ranks must call it."""
+            if self.is_main:
+                self._save("last", components, weights, write_state)
+            self._saved = (state.step, state.evaluated_step)
+        if self.is_main and state.is_finished:
+            for older in folder_versions(self.folder / "last")[1:]:
+                shutil.rmtree(older, ignore_errors=True)
+
+    def save_best(self, components: TrainComponents, logits: Tensor, dataset: Dataset) -> None:
+        """Saves the checkpoint of the best evaluation with its error analysis. All ranks must call it.
+
+        Args:
+            logits: of the evaluation's dataset, [n_examples, n_outputs].
+        """
         weights = components.dist.model_state(components.model)
         if self.is_main:
+            evaluation = analyze_errors(logits, dataset, components.model.config, components.tokenizer)
             self._save("best", components, weights, lambda folder: write_json(folder / EVALUATION_FILE, evaluation))
 
     def _save(
@@ -193,6 +243,11 @@ class RunDir:
         architecture = type(components.model).__name__.removeprefix("FSDP")  # fully_shard changes the class
         checkpoint = Checkpoint(components.model.config, weights, architecture)
         save_checkpoint(self.folder / name, checkpoint, write_files, self.keep if name == "last" else 1)
+
+    def size(self) -> int:
+        """The size of the folder in bytes."""
+        with os_errors(self.folder):
+            return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     # --- log ----------------------------------------------------------------------------------------------------------
 
@@ -216,12 +271,104 @@ class RunDir:
             temporary.write_text("".join(f"{line}\n" for line in lines if _precedes(line, state)), encoding="utf-8")
 
 
+def check_writable(folder: Path, is_new: bool) -> None:
+    """Raises FunnelError if files cannot be created in a folder or, if it does not exist, in its nearest existing parent.
+
+    Args:
+        is_new: whether the folder must be empty or not exist, too.
+    """
+    with os_errors(folder, "write"):
+        if is_new and folder.exists():
+            if not folder.is_dir():
+                raise FunnelError(f"out {folder}: expected a folder, found a file", "out")
+            if any(not path.name.startswith(".") for path in folder.iterdir()):
+                raise FunnelError(f"out {folder}: not empty; choose another folder, or resume the run in it", "out")
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing, prefix="."):
+            pass
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Reads the run.json of a run to resume.
+
+    Raises:
+        FunnelError: there is none, it is damaged, or it was written by another version.
+    """
+    path = folder / "run.json"
+    with os_errors(path):
+        exists = path.exists()
+    if not exists:
+        raise FunnelError(f"resume: no run in {folder}: expected its run.json; check the run folder", "resume")
+    record = read_json(path)
+    if record.get("version") != VERSION:
+        raise FunnelError(
+            "the run was started by an incompatible version of this program; "
+            f"start a new one, optionally with weights {folder}",
+            "weights",
+        )
+    settings, arguments = record.get("settings"), record.get("arguments")
+    if not isinstance(settings, dict) or not isinstance(arguments, dict) or "steps" not in settings:
+        raise FunnelError(f"resume: {path} is damaged: it lacks settings or arguments; start a new run", "resume")
+    return record
+
+
+def read_arguments(folder: Path, options: type) -> dict[str, Any]:
+    """The arguments of the run in a folder, except those in `PER_PROCESS`.
+
+    Args:
+        options: their dataclass. Its defaults are used for arguments that run.json lacks.
+
+    Raises:
+        FunnelError: as `read_record`, or an argument has the wrong type.
+    """
+    arguments: dict[str, Any] = {}
+    stored = read_record(folder)["arguments"]
+    for name, kind in option_types(options).items():
+        value = stored.get(name)
+        if value is None or name in PER_PROCESS:
+            continue
+        expected: Any = {Path: str, float: int | float}.get(kind, kind)
+        if not isinstance(value, expected):
+            raise FunnelError(f"resume: {folder / 'run.json'}: invalid {name} {value!r}; start a new run", "resume")
+        arguments[name] = Path(value) if kind is Path else value
+    return arguments
+
+
+def absolute_paths(args: Any) -> dict[str, Any]:
+    """Arguments for run.json, valid in any working directory."""
+    values = {name: value for name, value in dataclasses.asdict(args).items() if name not in PER_PROCESS}
+    for name, value in values.items():
+        is_folder = name == "weights" and value != "none" and os.path.isdir(value)  # otherwise a hub id
+        if isinstance(value, Path) or is_folder:
+            values[name] = os.path.abspath(value)
+    return values
+
+
+def describe_resumption(state: TrainState, old_steps: int, has_optimizer: bool) -> str:
+    """One line about where a run continues, and with what schedule.
+
+    Args:
+        old_steps: number of steps of the checkpoint's schedule.
+        has_optimizer: whether the checkpoint has the optimizer's state.
+    """
+    if state.step == 0:
+        return "no checkpoint to resume from: starting at step 0"
+    if state.is_finished:
+        return f"nothing left to do: the run has finished ({plural(state.step, 'step')}); to train longer, add epochs"
+    note = f"resumed at step {state.step:,}"
+    if state.total_steps == old_steps:
+        return note
+    start = "the saved optimizer state, no warmup" if has_optimizer else "a new optimizer state and a new warmup"
+    return f"{note}: a new schedule for {plural(state.total_steps - state.step, 'more step')}, with {start}"
+
+
 def describe_data(task: Task, train_set: Dataset, eval_sets: Mapping[str, Dataset]) -> dict[str, Any]:
     """The settings of a run that are derived from its data."""
     return {
         "task": task.name,
         "columns": list(task.text_columns),
         "labels": task.label_names,
+        "metrics": list(task.metrics),
         "train_examples": len(train_set),
         "dev_examples": len(eval_sets["dev"]),
         "mean_tokens": round(float(train_set.lengths.mean()), 1),

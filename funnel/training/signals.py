@@ -39,7 +39,8 @@ class GracefulStop:
         if self._received and not is_forwarded:
             os._exit(128 + signum)
         if not self._received and self.dist.is_main:
-            os.write(2, b"\nstopping after this step; press Ctrl-C again to exit immediately\n")
+            again = "press Ctrl-C" if signum == signal.SIGINT else f"send {signal.Signals(signum).name}"
+            os.write(2, f"\nstopping after this step; {again} again to exit immediately\n".encode())
         self._received, self._received_at = self._received or signum, time.monotonic()
 
     def requested(self) -> bool:

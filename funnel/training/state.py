@@ -1,7 +1,6 @@
 """The state of a training run."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from funnel.data.tokenizer import FunnelTokenizer
+from funnel.errors import FunnelError, plural
 from funnel.model.heads import FunnelPreTrainedModel
 from funnel.training.distributed import Distributed
+from funnel.training.metrics import selection_key
 
-STATE_VERSION = 2  # of training_state.pt
+STATE_VERSION = 3  # of training_state.pt
 LOSS_SMOOTHING = 0.05  # weight of the newest loss in the running mean
 
 
@@ -43,19 +44,47 @@ class TrainState:
 
     Attributes:
         step: number of completed steps.
+        total_steps: number of planned steps; 0 before `plan_steps`.
+        schedule_start, warmup: first step and warmup fraction of the learning-rate schedule, which ends with the last step.
         evaluated_step: step of the last evaluation.
         best, last: evaluations on dev: step, loss and metrics by name.
-        mean_loss: running mean of the training loss, on the device.
+        mean_loss: running mean of the training loss, on the device; for a regression, of standardized labels.
         optimizer, scaler: state dicts, filled when the state is saved or loaded.
     """
 
     step: int = 0
+    total_steps: int = 0
+    schedule_start: int = 0
+    warmup: float = 0.0
     evaluated_step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     mean_loss: Tensor | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps and the last evaluation are done."""
+        return self.step == self.total_steps == self.evaluated_step > 0
+
+    def plan_steps(self, total_steps: int, warmup: float) -> None:
+        """Starts a new learning-rate schedule at the current step, unless the state already has one for `total_steps`.
+
+        With a saved optimizer state, the new schedule has no warmup.
+
+        Raises:
+            FunnelError: the run has already completed that many steps.
+        """
+        if total_steps == self.total_steps:
+            return
+        if total_steps <= self.step:
+            raise FunnelError(
+                f"epochs: {plural(total_steps, 'step')} planned, but the run has already completed {self.step:,}; increase it",
+                "epochs",
+            )
+        self.total_steps, self.schedule_start = total_steps, self.step
+        self.warmup = 0.0 if self.optimizer else warmup
 
     def is_due(self, every: int, total_steps: int) -> bool:
         """Whether something that happens every `every` steps, and after the last step, is due now."""
@@ -71,10 +100,10 @@ class TrainState:
         self.mean_loss = torch.where(loss.isfinite(), mean, self.mean_loss)  # fp16 skips steps that are not finite
 
     def record_evaluation(self, scores: Mapping[str, float], metric: str) -> bool:
-        """Records an evaluation on dev; returns whether it is the best so far by `metric`."""
+        """Records an evaluation on dev; returns whether it is the best so far by `metric`; a lower loss breaks ties."""
         self.evaluated_step = self.step
         self.last = {"step": self.step, **scores}
-        if not is_better(scores[metric], self.best.get(metric)):
+        if self.best and selection_key(scores, metric) <= selection_key(self.best, metric):
             return False
         self.best = self.last
         return True
@@ -93,8 +122,3 @@ class TrainState:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         mean_loss = None if self.mean_loss is None else self.mean_loss.cpu()
         return {**values, "version": STATE_VERSION, "mean_loss": mean_loss, "optimizer": optimizer, "scaler": scaler}
-
-
-def is_better(score: float, best: float | None) -> bool:
-    """Whether a score improves on the best so far (None: no score yet); NaN never improves on a score."""
-    return best is None or score > best or (math.isnan(best) and not math.isnan(score))

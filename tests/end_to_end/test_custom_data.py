@@ -81,16 +81,22 @@ def test_file_names_need_not_be_utf8(tmp_path):
         (["--label-column", "x"], "--label-column only applies to your own data"),
         (["--data", "{}/own.csv", "--dev", "{}/dev.csv"], "dev.csv, line 2: .*'c'"),
         (["--data", "{}/own.csv", "--dev-share", "0.01"], "--dev-share 0.01 of 4 examples leaves"),
-        (["--data", "{}/own.xlsx"], "expected a .tsv, .csv or .jsonl file"),
+        (["--data", "{}/own.xlsx"], "--data .*own.xlsx: a spreadsheet; save it as CSV UTF-8"),
         (
             ["--data", "{}/own.csv", "--dev", "{}/own.csv", "--dev-share", "0.5"],
-            "--dev-share cannot be combined with a dev file",
+            "--dev-share cannot be combined with a dev file; use one of them",
         ),
         (["--task", "demo", "--dev-share", "0.5"], "--dev-share only applies to your own data"),
         (["--task", "demo", "--text-column", "x"], "--text-column only applies to your own data"),
         (["--layout-plan", "x.json", "--init", "copy"], "--init has no effect with a layout plan"),
         (["--data", "{}/gzipped.csv"], "gzipped.csv: gzip-compressed"),
-        (["--data", "{}"], "is a folder; choose the task whose files it contains"),
+        (["--data", "{}/empty"], "--data .*empty: no training file in this folder"),
+        (
+            ["--data", "{}/own.csv", "--label-column", "nope"],
+            "no column 'nope'; choose --label-column from text, label$",
+        ),
+        (["--data", "{}/own.csv", "--blocks", "1000"], "invalid --blocks '1000': .* numbers from 1 to 999"),
+        (["--data", "{}/own.csv", "--layout-plan", "nope.json"], "error: --layout-plan: cannot read nope.json"),
         (["--task", "nonsense", "--lr", "-1"], "invalid --lr -1.0: expected a number"),
     ],
 )
@@ -99,6 +105,7 @@ def test_invalid_input_prints_one_line_and_starts_no_run(tmp_path, arguments, me
     (tmp_path / "dev.csv").write_text("text,label\nx,c\n")
     (tmp_path / "gzipped.csv").write_bytes(gzip.compress(b"text,label\nx,a\n"))
     (tmp_path / "own.xlsx").touch()
+    (tmp_path / "empty").mkdir()
     assert run_training(tmp_path, *(argument.format(tmp_path) for argument in arguments)) == 2
     error = capsys.readouterr().err.strip()
     assert re.search(message, error), error

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 
@@ -16,6 +17,7 @@ from funnel.data import demo
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.checkpoint import Checkpoint, check_finite, load_checkpoint, save_checkpoint
 from funnel.model.heads import FunnelForSequenceClassification
+from funnel.training import evaluate
 
 QUICK = ("--epochs", "0.03", "--eval-every", "5", "--blocks", "1,1", "--batch-size", "32")
 MACHINE_DEPENDENT = ("examples_per_second", "memory_mib")
@@ -42,7 +44,7 @@ def quick_run(tmp_path_factory):
 def test_a_run_writes_the_documented_files(quick_run):
     done, folder = quick_run
     assert done.returncode == 0, done.stderr
-    files = ["best", "last", "last-1", "layout_plan.json", "metrics.jsonl", "run.json"]
+    files = ["best", "last", "layout_plan.json", "metrics.jsonl", "run.json"]
     assert sorted(p.name for p in (folder / "run").iterdir()) == files
     record = json.loads((folder / "run/run.json").read_text())
     assert " ".join(QUICK) in record["command"]
@@ -72,7 +74,7 @@ def test_without_a_terminal_there_is_no_progress_bar(quick_run):
     done, _ = quick_run
     assert "\r" not in done.stdout + done.stderr
     assert "best on dev: step" in done.stdout
-    assert "checkpoints and metrics.jsonl are in run" in done.stdout
+    assert re.search(r"checkpoints and metrics.jsonl are in run \([0-9.]+ MB\)", done.stdout)
 
 
 # --- stopping and resuming --------------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def test_a_stopped_run_resumes_bit_for_bit(dtype, where, step, tmp_path, monkeyp
     assert train.main([*arguments, "--out", str(stopped)]) == 143
     assert f"rerun with --resume --out {stopped} to continue from step {step}" in capsys.readouterr().err
     monkeypatch.undo()
-    assert train.main([*arguments, "--out", str(stopped), "--resume"]) == 0
+    assert train.main(["--out", str(stopped), "--resume"]) == 0
     assert f"resumed at step {step}" in capsys.readouterr().out
     for name in ("last", "best"):
         expected, actual = load_checkpoint(whole / name).weights, load_checkpoint(stopped / name).weights
@@ -131,23 +133,106 @@ def test_resuming_without_a_checkpoint_restarts_at_step_0(quick_run, tmp_path, c
     assert [line["loss"] for line in actual] == pytest.approx([line["loss"] for line in expected], abs=1e-4)
 
 
-def test_resuming_a_finished_run_does_nothing(quick_run, tmp_path, capsys):
+@pytest.mark.parametrize("arguments", [QUICK, ()])
+def test_resuming_a_finished_run_does_nothing(arguments, quick_run, tmp_path, capsys):
     shutil.copytree(quick_run[1] / "run", tmp_path / "run")
-    assert train.main([*QUICK, "--out", str(tmp_path / "run"), "--resume"]) == 0
-    assert "nothing left to do" in capsys.readouterr().out
+    assert train.main([*arguments, "--out", str(tmp_path / "run"), "--resume"]) == 0
+    output = capsys.readouterr().out
+    assert "nothing left to do" in output
+    assert "examples/s" not in output
 
 
-# --- nonfinite steps --------------------------------------------------------------------------------------------------
+@pytest.fixture
+def own_data(tmp_path, weights, monkeypatch):
+    """The working directory, with x.csv and weights; 15 steps per epoch of 8 examples."""
+    rows = "".join(f"a {word} film {number},{label}\n" for number in range(66) for word, label in (("good", 1), ("bad", 0)))
+    (tmp_path / "x.csv").write_text("text,label\n" + rows)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+OWN_DATA = ("--data", "x.csv", "--weights", "weights", "--batch-size", "8", "--lr", "1e-3", "--save-every", "4")
+
+
+def assert_same_run(actual, expected):
+    for name in ("last", "best"):
+        expected_weights, weights = load_checkpoint(expected / name).weights, load_checkpoint(actual / name).weights
+        assert all(torch.equal(weights[key], expected_weights[key]) for key in expected_weights)
+    assert reproducible_lines_of(actual) == reproducible_lines_of(expected)
+
+
+def test_a_run_resumes_from_another_directory_after_its_data_was_moved_and_its_weights_deleted(own_data, monkeypatch, capsys):
+    assert train.main([*OWN_DATA, "--epochs", "1", "--out", "whole"]) == 0
+    monkeypatch.setattr(train, "train_step", stop_at_call(train.train_step, 6))
+    assert train.main([*OWN_DATA, "--epochs", "1", "--blocks", "1,2,1", "--out", "run"]) == 143
+    monkeypatch.undo()
+    record, plan = ((own_data / "run" / name).read_bytes() for name in ("run.json", "layout_plan.json"))
+    (own_data / "x.csv").rename(own_data / "y.csv")
+    shutil.rmtree(own_data / "weights")
+    monkeypatch.chdir("/")
+    assert train.main(["--resume", "--out", str(own_data / "run"), "--data", str(own_data / "y.csv")]) == 0
+    assert "resumed at step 6\n" in capsys.readouterr().out
+    assert_same_run(own_data / "run", own_data / "whole")
+    assert record == (own_data / "run/run.json").read_bytes()
+    assert plan == (own_data / "run/layout_plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("more", [(), ("--keep-optimizer",)])
+def test_added_epochs_resume_bit_for_bit(more, own_data, monkeypatch, capsys):
+    assert train.main([*OWN_DATA, *more, "--epochs", "1", "--out", "whole"]) == 0
+    shutil.copytree("whole", "stopped")
+    assert train.main(["--resume", "--out", "whole", "--epochs", "2"]) == 0
+    start = "the saved optimizer state, no warmup" if more else "a new optimizer state and a new warmup"
+    assert f"resumed at step 15: a new schedule for 15 more steps, with {start}" in capsys.readouterr().out
+    original = train.train_step
+    monkeypatch.setattr(train, "train_step", stop_at_call(original, 2))
+    assert train.main(["--resume", "--out", "stopped", "--epochs", "2"]) == 143
+    monkeypatch.setattr(train, "train_step", original)
+    assert train.main(["--resume", "--out", "stopped"]) == 0
+    assert_same_run(own_data / "stopped", own_data / "whole")
+    rates = [line["lr"] for line in lines_of(own_data / "whole") if line["split"] == "train" and line["step"] > 15]
+    assert max(rates) <= 1e-3
+    assert rates[-1] == pytest.approx(1e-3 / (14 if more else 13))  # the last step of the new schedule
+
+
+def test_an_argument_that_cannot_change_is_refused_before_the_data_is_read(own_data, capsys):
+    assert train.main([*OWN_DATA, "--epochs", "0.2", "--out", "run"]) == 0
+    (own_data / "x.csv").unlink()
+    assert train.main(["--resume", "--out", "run", "--lr", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: error: --lr 1.0: run was started with 0.001; omit --lr")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("out", "words"), [("taken", "not empty"), ("taken/note", "found a file"), ("taken/note/run", "write")]
+)
+def test_a_wrong_run_folder_is_reported_before_data_and_weights_are_read(out, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/note").write_text("mine")
+    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("data were read"))
+    assert train.main(["--out", out]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_unknown_flags_return_2_and_help_returns_0(capsys):
+    assert train.main(["--unknown"]) == 2
+    assert train.main(["--help"]) == 0
+    assert "unrecognized arguments: --unknown" in capsys.readouterr().err
+
+
+# --- non-finite steps -------------------------------------------------------------------------------------------------
 
 
 def nan_at_steps(steps, loss_function):
     """A loss function that returns NaN at some training steps, counted from 1."""
     step = 0
 
-    def function(logits, labels):
+    def function(*args):
         nonlocal step
         step += 1
-        return loss_function(logits, labels) * (math.nan if step in steps else 1)
+        return loss_function(*args) * (math.nan if step in steps else 1)
 
     return function
 
@@ -178,6 +263,31 @@ def test_divergence_is_detected_within_log_every_steps(tmp_path, monkeypatch, ca
     assert train.main([*QUICK, "--eval-every", "100", "--log-every", "6", "--out", str(tmp_path / "run")]) == 2
     assert "diverged at step 3" in capsys.readouterr().err
     assert steps == 6
+
+
+def overflow_at_evaluation(number, evaluate):
+    """Wraps `evaluate` so that the logits of its `number`-th call are infinite."""
+    calls = 0
+
+    def function(*args):
+        nonlocal calls
+        calls += 1
+        results = evaluate(*args)
+        if calls == number:
+            results["dev"].logits[3] = math.inf
+        return results
+
+    return function
+
+
+def test_an_evaluation_with_nonfinite_logits_ends_the_run_and_records_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "evaluate", overflow_at_evaluation(2, train.evaluate))
+    assert train.main([*QUICK, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert "evaluation at step 10: the logits of 1 example of dev are not finite in fp32" in error
+    assert torch.load(tmp_path / "run/last/training_state.pt")["step"] == 5
+    assert [line["step"] for line in lines_of(tmp_path / "run") if line["split"] == "dev"] == [5]
 
 
 # --- weights, tasks, warnings -----------------------------------------------------------------------------------------
@@ -218,7 +328,44 @@ def test_predicting_a_single_class_prints_a_warning(weights, tmp_path, capsys):
     data = write_sst2(tmp_path / "data", "film\t1\n" * 8, "good\t1\nfilm\t0\n")
     arguments = sst2_arguments(data, weights, "--lr", "1e-2", "--epochs", "5")
     assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 0
-    assert "the model predicts 'positive' for all 2 examples" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert re.search("the best checkpoint, of step [1-5], predicts 'positive' for all 2 examples of dev", output)
+    assert "try more epochs or a lower learning rate" in output
+
+
+def test_the_single_class_warning_is_about_the_best_checkpoint(weights, tmp_path, monkeypatch, capsys):
+    data = write_sst2(tmp_path / "data", "film\t1\n" * 8, "good\t1\nfilm\t0\n")
+    logits = iter([[[9.0, 0], [0, 9]], [[0.0, 9], [9, 0]], [[9.0, 0], [9, 0]]])  # wrong, correct, one class
+    monkeypatch.setattr(evaluate, "predict_logits", lambda *_: torch.tensor(next(logits)))
+    arguments = sst2_arguments(data, weights, "--epochs", "3", "--out", str(tmp_path / "run"))
+    assert train.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "best on dev: step 2: " in output
+    assert "predicts" not in output
+
+
+def write_scores(path):
+    rows = [f"a {word} film,{price}.5\n" for word, price in (("cheap", 10_000), ("fair", 50_000), ("grand", 90_000))] * 20
+    path.write_text("text,label\n" + "".join(rows))
+    return path
+
+
+def test_scores_of_any_scale_are_learned(tmp_path, capsys):
+    data, out = write_scores(tmp_path / "prices.csv"), tmp_path / "run"
+    arguments = ["--data", str(data), "--weights", "none", "--blocks", "1,1", "--batch-size", "4", "--epochs", "4"]
+    assert train.main([*arguments, "--metric", "rmse", "--seed", "1", "--out", str(out)]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"labels: mean (4|5)\d{4}\.?\d*, standard deviation 3\d{4}", output)
+    assert "learning rate 0.0005" in output  # random weights
+    assert json.loads((out / "run.json").read_text())["settings"]["metrics"] == ["rmse", "pearson", "spearman"]
+    dev = [line for line in lines_of(out) if line["split"] == "dev"]
+    best = min(dev, key=lambda line: line["rmse"])
+    assert best["rmse"] < 10_000
+    assert best["loss"] == pytest.approx(best["rmse"] ** 2)
+    assert f"best on dev: step {best['step']}: " in output
+    train_losses = [line["loss"] for line in lines_of(out) if line["split"] == "train"]
+    assert 1e7 < train_losses[0] < 1e10  # squared units of the labels
+    assert load_checkpoint(out / "best").config.label_mean == pytest.approx(50_000.5, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -31,3 +31,12 @@ def test_seeding_a_step_repeats_its_random_numbers():
     torch.rand(5)
     seed_step(1, 7)
     assert torch.equal(torch.rand(3), first)
+
+
+def test_an_unknown_dtype_is_an_error():
+    with pytest.raises(FunnelError, match="unknown dtype 'fp64'; choose from fp32, bf16, fp16"):
+        choose_dtype("fp64", torch.device("cpu"), 64)
+
+
+def test_a_device_may_be_a_torch_device():
+    assert choose_device(torch.device("cpu")).type == "cpu"

@@ -1,4 +1,4 @@
-"""Nonfinite losses and gradients: no update, and a diagnosis."""
+"""Non-finite losses and gradients: no update, and a diagnosis."""
 
 import math
 from dataclasses import replace
@@ -14,7 +14,7 @@ from funnel.errors import FunnelError
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.distributed import Distributed
 from funnel.training.divergence import NonFiniteGuard, find_nonfinite_gradient, forward_and_find_nonfinite
-from funnel.training.evaluate import loss_function
+from funnel.training.evaluate import Evaluation, loss_function
 from funnel.training.optim import LinearWarmupDecay, clip_grad_norm
 from funnel.training.state import TrainComponents
 
@@ -40,7 +40,7 @@ def batches(start):
 
 
 def make_guard(components):
-    schedule = LinearWarmupDecay(components.optimizer, 1e-2, 10, 0.5)
+    schedule = LinearWarmupDecay(components.optimizer, 1e-2, range(10), 0.5)
     return NonFiniteGuard(components, batches, schedule, SimpleNamespace(seed=0, grad_accum=2))
 
 
@@ -145,3 +145,29 @@ def test_the_diagnosis_uses_micro_batches(components):
     with pytest.raises(FunnelError):
         guard.check(1)
     assert sizes == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [("fp16", "use dtype bf16 or fp32"), ("bf16", "use dtype fp32 or a"), ("fp32", "with a lower learning")],
+)
+def test_an_evaluation_with_nonfinite_logits_ends_the_run(components, dtype, advice):
+    guard = make_guard(replace(components, dtype=dtype))
+    logits = torch.zeros(5, 2)
+    results = {"dev": Evaluation(logits, {"loss": 1.0}), "dev_mismatched": Evaluation(logits.clone(), {"loss": math.nan})}
+    guard.check_evaluation(1200, results)  # a loss that is NaN alone does not end a run
+    results["dev_mismatched"].logits[:2] = torch.tensor([math.nan, math.inf])
+    with pytest.raises(FunnelError) as error:
+        guard.check_evaluation(1200, results)
+    message = f"evaluation at step 1,200: the logits of 2 examples of dev_mismatched are not finite in {dtype}"
+    assert str(error.value).startswith(message)
+    assert advice in str(error.value)
+    assert error.value.parameter == (None if dtype == "fp32" else "dtype")
+
+
+def test_the_diagnosis_uses_the_units_of_training():
+    config = tiny_config(id2label={0: "score"}, problem_type="regression", label_mean=2e30, label_std=1e30)
+    batch = Batch(*padded_batch([5, 7]), torch.tensor([1e30, 3e30]))
+    loss, cause = forward_and_find_nonfinite(FunnelForSequenceClassification(config), batch)
+    assert cause is None
+    assert loss.item() < 100

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from funnel.data.dataset import Dataset
 from funnel.data.tokenizer import FunnelTokenizer
-from funnel.training.error_analysis import analyze_errors
+from funnel.training.error_analysis import analyze_errors, single_class_warning
 
 TEXTS = ["a good film", "a bad film", "no film", "good", "bad", ""]
 REGRESSION = tiny_config(id2label={0: "score"}, problem_type="regression")
@@ -65,3 +65,31 @@ def test_correct_predictions_are_not_mistakes_and_nan_is_the_worst_mistake(token
     logits[3] = float("nan")
     results = analyze_errors(logits, make_dataset(tokenizer, [1, 0, 0, 1, 0, 0]), config, tokenizer)
     assert results["mistakes"][0]["text"] == "good"
+
+
+def test_scores_of_each_class_equal_scikit_learn(tokenizer):
+    labels, predictions = [0, 0, 1, 1, 1, 3], [0, 1, 1, 1, 0, 2]  # class 2 does not occur, class 3 is never predicted
+    logits = torch.nn.functional.one_hot(torch.tensor(predictions), 4).float()
+    config = classifier_config(["a", "b", "c", "d"])
+    classes = analyze_errors(logits, make_dataset(tokenizer, labels), config, tokenizer)["classes"]
+    expected = precision_recall_fscore_support(labels, predictions, labels=range(4), zero_division=0)
+    actual = zip(*([row[name] for name in ("precision", "recall", "f1", "examples")] for row in classes), strict=True)
+    assert [row["label"] for row in classes] == ["a", "b", "c", "d"]
+    for column, values in zip(expected, actual, strict=True):
+        assert list(values) == pytest.approx(list(column))
+
+
+def test_a_single_predicted_class_gives_a_warning(tokenizer):
+    def warning(predictions, labels):
+        logits = torch.nn.functional.one_hot(torch.tensor(predictions), 2).float()
+        evaluation = analyze_errors(logits, make_dataset(tokenizer, labels), classifier_config(["no", "yes"]), tokenizer)
+        return single_class_warning(evaluation)
+
+    message = warning([1] * 6, [0, 1, 1, 1, 0, 1])
+    assert "predicts 'yes' for all 6 examples" in message
+    assert "66.7%" in message
+    assert warning([1, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1]) is None
+    assert warning([1] * 6, [1] * 6) is None
+    assert warning([1] * 6, [0] * 6) is None  # dev has only one class
+    assert single_class_warning({}) is None
+    assert single_class_warning({"points": [[1.0, 1.0]]}) is None

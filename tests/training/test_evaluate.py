@@ -1,6 +1,6 @@
-"""Evaluation: order of predictions, several ranks, interruption, the single-class warning."""
+"""Evaluation: order of predictions, several ranks, interruption, loss."""
 
-import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +13,7 @@ from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import StoppedBySignal
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training import evaluate
-from funnel.training.evaluate import predict_logits, single_class_warning
-from funnel.training.state import is_better
+from funnel.training.evaluate import compute_metrics, loss_function, predict_logits
 
 
 @pytest.fixture(scope="module")
@@ -58,24 +57,31 @@ def test_an_interrupted_evaluation_leaves_the_model_in_training_mode(model, data
     assert model.training
 
 
-def logits_for(predictions):
-    return torch.nn.functional.one_hot(torch.tensor(predictions), 2).float()
+def with_labels(dataset, labels):
+    return replace(dataset, rows=dataset.rows._replace(labels=labels))
 
 
-def test_a_single_predicted_class_gives_a_warning():
-    labels = np.array([0, 1, 1, 1])
-    warning = single_class_warning(logits_for([1, 1, 1, 1]), labels, ["no", "yes"])
-    assert "predicts 'yes' for all 4 examples" in warning
-    assert "75.0%" in warning
-    assert single_class_warning(logits_for([1, 0, 1, 1]), labels, ["no", "yes"]) is None
-    assert single_class_warning(logits_for([1, 1]), np.array([1, 1]), ["no", "yes"]) is None
+def test_the_loss_of_standardized_labels_does_not_depend_on_their_scale():
+    scores, labels = torch.tensor([[1.0], [2.5]]), torch.tensor([1.5, 2.0])
+    expected = loss_function(scores, labels)
+    assert expected.item() == pytest.approx(0.25)
+    for scale in (1e-20, 1e30):
+        scaled = (scores * scale).requires_grad_()
+        loss = loss_function(scaled, labels * scale, scale)
+        assert loss.item() == pytest.approx(expected.item())
+        loss.backward()
+        assert torch.allclose(scaled.grad * scale, torch.tensor([[-0.5], [0.5]]))
 
 
-def test_a_metric_must_exceed_the_best_to_be_better():
-    assert is_better(0.1, None)
-    assert is_better(math.nan, None)
-    assert is_better(0.2, 0.1)
-    assert is_better(0.1, math.nan)
-    assert not is_better(0.1, 0.1)
-    assert not is_better(math.nan, 0.1)
-    assert not is_better(math.nan, math.nan)
+def test_regression_loss_and_rmse_are_in_the_units_of_the_labels(dataset):
+    labels = np.full(150, 1e30, np.float32)
+    scores = compute_metrics(torch.full((150, 1), 3e30), with_labels(dataset, labels), ("rmse",))
+    assert scores == {"loss": pytest.approx(4e60), "rmse": pytest.approx(2e30)}  # overflows in float32
+
+
+def test_a_metric_of_one_class_is_computed_by_name(dataset):
+    labels = np.arange(150, dtype=np.int32) % 3
+    logits = torch.nn.functional.one_hot(torch.from_numpy(labels).long(), 3).float()
+    scores = compute_metrics(logits, with_labels(dataset, labels), ("loss", "f1 (b)", "accuracy"), ["a", "b", "c"])
+    assert list(scores) == ["loss", "f1 (b)", "accuracy"]
+    assert scores["f1 (b)"] == scores["accuracy"] == 1

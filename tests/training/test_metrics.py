@@ -1,21 +1,25 @@
-"""Metrics compared with scikit-learn and scipy."""
+"""Metrics compared with scikit-learn and scipy; metrics by name; the order of evaluations."""
 
+import math
 import warnings
 
 import numpy as np
 import pytest
 
-from funnel.training.metrics import METRICS
+from funnel.errors import FunnelError
+from funnel.training.metrics import METRICS, get_metric, selection_key
+from funnel.training.state import TrainState
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference")
 stats = pytest.importorskip("scipy.stats", reason="scipy is the reference")
 REFERENCES = {
     "accuracy": sklearn_metrics.accuracy_score,
     "f1": lambda labels, predictions: sklearn_metrics.f1_score(labels, predictions, zero_division=0),
-    "macro_f1": lambda labels, predictions: sklearn_metrics.f1_score(labels, predictions, zero_division=0, average="macro"),
+    "f1 (macro)": lambda labels, predictions: sklearn_metrics.f1_score(labels, predictions, zero_division=0, average="macro"),
     "matthews": sklearn_metrics.matthews_corrcoef,
     "pearson": lambda labels, predictions: stats.pearsonr(labels, predictions).statistic,
     "spearman": lambda labels, predictions: stats.spearmanr(labels, predictions).statistic,
+    "rmse": sklearn_metrics.root_mean_squared_error,
 }
 
 
@@ -23,7 +27,7 @@ def cases(name):
     """Pairs of predictions and labels, random and degenerate."""
     random = np.random.default_rng(0)
     sizes = [n for n in (2, 3, 7, 100, 999) for _ in range(20)]
-    if name in ("pearson", "spearman"):
+    if name in ("pearson", "spearman", "rmse"):
         yield from ((random.normal(size=n).astype(np.float32), random.uniform(0, 5, n).astype(np.float32)) for n in sizes)
         for n in sizes:  # many ties, and large values that hardly differ
             yield random.integers(0, 3, n).astype(np.float32), random.integers(0, 3, n) + 1e6
@@ -54,3 +58,54 @@ def test_spearman_of_nan_is_nan():
     predictions, labels = np.array([1.0, np.nan, 2.0]), np.array([1.0, 2.0, 3.0])
     assert np.isnan(stats.spearmanr(predictions, labels).statistic)
     assert np.isnan(METRICS["spearman"](predictions, labels))
+
+
+def test_correlations_of_infinite_predictions_are_nan():
+    predictions, labels = np.array([1.0, np.inf, 2.0], np.float32), np.array([1.0, 2.0, 3.0], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(METRICS["pearson"](predictions, labels))
+
+
+# --- metrics by name --------------------------------------------------------------------------------------------------
+
+
+def test_f1_of_a_named_class_equals_scikit_learn():
+    random, names = np.random.default_rng(0), ["a", "macro", "c"]
+    predictions, labels = random.integers(0, 3, 50), random.integers(0, 3, 50)
+    expected = sklearn_metrics.f1_score(labels, predictions, labels=[2], average=None)[0]
+    assert get_metric("f1 (c)", names)(predictions, labels) == pytest.approx(expected)
+    macro = sklearn_metrics.f1_score(labels, predictions, average="macro")
+    assert get_metric("f1 (macro)", names)(predictions, labels) == pytest.approx(macro)  # a class has this name, too
+
+
+def test_an_unknown_metric_is_an_error_that_lists_the_choices():
+    with pytest.raises(FunnelError, match=r"unknown metric 'f1 \(d\)'; choose from accuracy, f1, .*, loss, f1 \(a\)$"):
+        get_metric("f1 (d)", ["a"])
+
+
+# --- the order of evaluations -----------------------------------------------------------------------------------------
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("metric", "from_worst_to_best"),
+    [
+        ("accuracy", [(NAN, NAN), (NAN, 0.3), (NAN, 0.2), (0.0, 0.1), (0.9, NAN), (0.9, 0.5), (0.9, 0.4), (1.0, 9.0)]),
+        ("rmse", [(NAN, 0.1), (9.0, 0.1), (8.0, 0.3), (8.0, 0.2)]),
+        ("loss", [(NAN, NAN), (0.5, 0.5), (0.25, 0.25)]),
+    ],
+)
+def test_ties_and_nan_are_decided_by_the_loss(metric, from_worst_to_best):
+    evaluations = [{metric: score, "loss": loss} for score, loss in from_worst_to_best]
+    state = TrainState()
+    for step, scores in enumerate(evaluations, 1):
+        state.step = step
+        assert state.record_evaluation(scores, metric)
+        assert not state.record_evaluation(scores, metric)  # the first of equal ones is kept
+        for worse in evaluations[: step - 1]:
+            assert not state.record_evaluation(worse, metric)
+        assert state.best["step"] == step
+    logged = [{name: None if math.isnan(value) else value for name, value in scores.items()} for scores in evaluations]
+    assert sorted(logged, key=lambda line: selection_key(line, metric)) == logged

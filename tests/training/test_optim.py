@@ -24,7 +24,7 @@ def test_weight_decay_applies_only_to_matrices():
 
 def schedule(total_steps, warmup, lr=1.0):
     optimizer = torch.optim.AdamW(nn.Linear(1, 1).parameters())
-    return LinearWarmupDecay(optimizer, lr, total_steps, warmup)
+    return LinearWarmupDecay(optimizer, lr, range(total_steps), warmup)
 
 
 def test_learning_rate_rises_and_falls_linearly():
@@ -38,6 +38,15 @@ def test_learning_rate_rises_and_falls_linearly():
     assert linear.at(100) == pytest.approx(0.0)
 
 
+def test_a_schedule_of_added_steps_starts_at_the_first_of_them():
+    optimizer = torch.optim.AdamW(nn.Linear(1, 1).parameters())
+    with_warmup, without = (LinearWarmupDecay(optimizer, 1.0, range(100, 200), warmup) for warmup in (0.1, 0))
+    whole = schedule(total_steps=100, warmup=0.1)
+    assert [with_warmup.at(100 + step) for step in range(100)] == [whole.at(step) for step in range(100)]
+    assert without.at(100) == 1.0
+    assert without.at(199) == pytest.approx(1 / 99)
+
+
 @pytest.mark.parametrize("warmup", [0, 0.1, 0.9])
 def test_a_single_step_has_a_positive_learning_rate(warmup):
     assert 0 < schedule(total_steps=1, warmup=warmup).at(0) <= 1
@@ -46,7 +55,7 @@ def test_a_single_step_has_a_positive_learning_rate(warmup):
 def test_set_changes_all_parameter_groups():
     model = FunnelForSequenceClassification(tiny_config())
     optimizer = torch.optim.AdamW(param_groups(model, 0.01))
-    linear = LinearWarmupDecay(optimizer, 0.5, 10, 0.2)
+    linear = LinearWarmupDecay(optimizer, 0.5, range(10), 0.2)
     linear.set(0)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
     assert linear.lr == 0.25

@@ -39,6 +39,13 @@ def test_a_second_signal_exits_immediately(monkeypatch):
     assert statuses == [128 + signal.SIGTERM]
 
 
+@pytest.mark.parametrize(("signum", "again"), [(signal.SIGINT, "press Ctrl-C again"), (signal.SIGTERM, "send SIGTERM again")])
+def test_the_message_names_the_signal_to_exit_immediately(signum, again, capfd):
+    with GracefulStop(DIST):
+        send(signum)
+    assert capfd.readouterr().err == f"\nstopping after this step; {again} to exit immediately\n"
+
+
 def test_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with GracefulStop(DIST):
