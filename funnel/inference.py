@@ -9,25 +9,34 @@ import csv
 import gzip
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TextIO, cast, overload
+from typing import Any, NamedTuple, TextIO, cast, overload
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from funnel.data.dataset import Dataset
-from funnel.data.files import ExampleFile, check_file, file_format, is_gzipped, read_column_names
+from funnel.data.custom import ColumnChoice, open_examples
+from funnel.data.dataset import Dataset, encode_examples
+from funnel.data.files import Example, ExampleFile
+from funnel.data.formats import file_format, is_gzipped
 from funnel.data.tasks import Task
-from funnel.data.tokenizer import FunnelTokenizer
-from funnel.errors import FunnelError, format_list, plural
+from funnel.data.tokenizer import FunnelTokenizer, list_of_strings
+from funnel.errors import FunnelError, format_list
 from funnel.io import atomic_write, read_json
-from funnel.model.checkpoint import best_checkpoint, load_checkpoint, load_weights
+from funnel.model.checkpoint import CONFIG, best_checkpoint, load_checkpoint, load_weights
+from funnel.model.config import FunnelConfig
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.device import autocast, choose_device, choose_dtype
-from funnel.training.evaluate import predict_logits
+from funnel.training.error_analysis import analyze_errors
+from funnel.training.evaluate import BATCH_SIZE, check_finite_logits, compute_metrics, predict_logits
 
 CHUNK_SIZE = 4096  # examples of a file held in memory at a time
+OUTPUT_FORMATS = ("csv", "tsv", "jsonl")  # of predictions
 RUN_FILE = "run.json"
 STSB_RANGE = (0.0, 5.0)  # the GLUE server rejects scores outside it
 
@@ -46,6 +55,15 @@ class Prediction(NamedTuple):
     probabilities: dict[str, float]
 
 
+def run_record(folder: Path, name: str = "settings") -> dict[str, Any]:
+    """An object in the run.json of a run, given its folder or one of its checkpoints; empty if there is none."""
+    for path in (folder / RUN_FILE, folder.parent / RUN_FILE):
+        if path.is_file():
+            values = read_json(path).get(name)
+            return values if isinstance(values, dict) else {}
+    return {}
+
+
 class InputFormat(NamedTuple):
     """How a classifier's training texts were read and encoded.
 
@@ -58,13 +76,16 @@ class InputFormat(NamedTuple):
     columns: tuple[str, ...] = ()
 
     @classmethod
+    def of_checkpoint(cls, config: FunnelConfig, folder: Path) -> "InputFormat":
+        """The format that a checkpoint's config records, or else the run of the folder, as in version 0.1."""
+        if config.model_max_length is not None:
+            return cls(config.model_max_length, config.text_columns)
+        return cls.of_run(folder)
+
+    @classmethod
     def of_run(cls, folder: Path) -> "InputFormat":
-        """Reads the format from a run's run.json; the default if that file is missing or lacks the settings."""
-        if not (folder / RUN_FILE).is_file():
-            return cls()
-        settings = read_json(folder / RUN_FILE).get("settings")
-        if not isinstance(settings, dict):
-            return cls()
+        """The format that a run's settings record; the default without a run."""
+        settings = run_record(folder)
         max_length, columns = settings.get("max_length"), settings.get("columns")
         return cls(
             max_length if isinstance(max_length, int) and max_length > 0 else cls().max_length,
@@ -92,6 +113,8 @@ class Classifier:
         inputs: InputFormat | None = None,
         dtype: str = "fp32",
     ) -> None:
+        if model.config.problem_type == "multi_label_classification":
+            raise FunnelError("multi-label prediction is not supported; fine-tune the model on single labels or scores")
         self.model, self.tokenizer, self.dtype = model.eval(), tokenizer, dtype
         self.inputs = inputs or InputFormat()
         self.device = next(model.parameters()).device
@@ -102,8 +125,8 @@ class Classifier:
         """Loads a run's best checkpoint, or a checkpoint folder.
 
         Args:
-            folder: a run folder or a checkpoint folder. Texts are truncated as in training, or to 512 tokens if the
-                checkpoint does not belong to a run.
+            folder: a run folder or a checkpoint folder. Texts are truncated as in training, or to 512 tokens if it is
+                unknown how.
             device: "cpu", "cuda" or "mps"; default: the fastest available one.
             dtype: "fp32", "bf16" or "fp16"; default: bf16 if the device supports it natively, else fp32.
 
@@ -111,8 +134,9 @@ class Classifier:
             FunnelError: the folder does not contain a classifier, or the device is not available.
         """
         folder = Path(folder)
-        inputs = InputFormat.of_run(folder if (folder / RUN_FILE).is_file() else folder.parent)
         path = best_checkpoint(folder)
+        if path == folder and folder.is_dir() and not (folder / CONFIG).is_file():
+            raise FunnelError(f"{folder}: neither a run nor a checkpoint; {_describe_content(folder)}")
         checkpoint = load_checkpoint(path)
         if checkpoint.architecture != FunnelForSequenceClassification.__name__:
             raise FunnelError(
@@ -122,32 +146,42 @@ class Classifier:
         tokenizer.check_vocab_size(checkpoint.config.vocab_size, path)
         model = FunnelForSequenceClassification(checkpoint.config)
         load_weights(model, checkpoint.weights, str(path))
+        inputs = InputFormat.of_checkpoint(checkpoint.config, folder)
         chosen = choose_device(device)
         return cls(model.to(chosen), tokenizer, inputs, choose_dtype(dtype, chosen, checkpoint.config.d_model))
 
     @overload
-    def __call__(self, texts: str, pairs: str | None = None) -> Prediction: ...
+    def __call__(  # type: ignore[overload-overlap]  # a string is an iterable of strings, too
+        self, texts: str, pairs: str | None = None
+    ) -> Prediction: ...
     @overload
-    def __call__(self, texts: list[str], pairs: list[str] | None = None) -> list[Prediction]: ...
-    def __call__(self, texts: str | list[str], pairs: str | list[str] | None = None) -> Prediction | list[Prediction]:
-        """Classifies one text, or a list of texts.
+    def __call__(self, texts: Iterable[str], pairs: Iterable[str] | None = None) -> list[Prediction]: ...
+    def __call__(self, texts: str | Iterable[str], pairs: str | Iterable[str] | None = None) -> Prediction | list[Prediction]:
+        """Classifies one text, or several: a list, a NumPy array, a pandas Series or any other iterable of strings.
 
         Args:
             pairs: the second text of each pair, for a classifier of text pairs.
+
+        Raises:
+            FunnelError: a text is not a string, or texts and pairs do not match.
         """
         if pairs is not None and isinstance(pairs, str) != isinstance(texts, str):
             raise FunnelError("texts and pairs must both be strings or both be lists of strings", "pairs")
+        self.check_pairs(pairs is not None)
         if isinstance(texts, str):
             return self([texts], [pairs] if isinstance(pairs, str) else None)[0]
-        if pairs is not None and len(pairs) != len(texts):
-            found = f"{plural(len(texts), 'text')} but {plural(len(pairs), 'pair')}"
-            raise FunnelError(f"{found}: each text needs one second text", "pairs")
-        if not texts:
-            return []
-        return [self.to_prediction(row) for row in self.logits(texts, None if pairs is None else list(pairs))]
+        texts = list_of_strings(texts, "texts")
+        pairs = None if pairs is None else list_of_strings(pairs, "pairs")
+        return [self.to_prediction(row) for row in self.logits(texts, pairs)]
 
     def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tensor:
-        """Returns the logits of texts in their order, [n_texts, n_outputs], float32 on the CPU."""
+        """Returns the logits of texts in their order, [n_texts, n_outputs], float32 on the CPU; updates `n_truncated`.
+
+        Raises:
+            FunnelError: as `FunnelTokenizer.encode`.
+        """
+        if not texts:
+            return torch.empty(0, self.model.config.num_labels)
         dataset = Dataset.from_texts(texts, pairs, self.tokenizer, self.inputs.max_length)
         self.n_truncated += dataset.truncation.texts
         with autocast(self.device, self.dtype):
@@ -171,30 +205,18 @@ class Classifier:
             raise FunnelError(f"the classifier was trained on single texts ({columns}), not on pairs; omit the second texts")
         raise FunnelError(f"the classifier was trained on text pairs ({columns}); pair is required", "pair")
 
-    def open_file(self, path: Path, text_column: str | None = None, text_pair_column: str | None = None) -> ExampleFile:
-        """Finds the text columns of a .tsv, .csv or .jsonl file to classify.
-
-        Args:
-            text_column: default: the column of the training texts, or else "text" or "sentence".
-            text_pair_column: column of the second texts; default: that of the training texts, if these were pairs.
+    def open_file(self, path: Path, choice: ColumnChoice) -> ExampleFile:
+        """Finds the columns of a file to classify. The text columns default to those of the training texts.
 
         Raises:
             FunnelError: the file cannot be read, a column is missing, or the classifier does not accept (or requires) pairs.
         """
-        check_file(path, "file")
-        names = read_column_names(path)
-        trained = self.inputs.columns
-        candidates = (*trained[:1], "text", "sentence")
-        text = text_column or next((name for name in candidates if name in names), candidates[0])
-        pair = text_pair_column or (trained[1] if len(trained) > 1 else None)
-        for parameter, column in (("text_column", text), ("text_pair_column", pair)):
-            if column is not None and column not in names:
-                raise FunnelError(f"{path}: no column {column!r}; choose {parameter} from {format_list(names)}", parameter)
-        self.check_pairs(pair is not None)
-        return ExampleFile(path, (text,) if pair is None else (text, pair))
+        file = open_examples(path, replace(choice, trained=self.inputs.columns), "file")
+        self.check_pairs(len(file.text_columns) == 2)
+        return file
 
-    def predict_file(self, source: ExampleFile) -> Iterator[Prediction]:
-        """Yields the predictions for a file, in its order, with a progress bar on standard error.
+    def predict_file(self, source: ExampleFile) -> Iterator[tuple[Example, Prediction]]:
+        """Yields the examples of a file with their predictions, in order, with a progress bar on standard error.
 
         Raises:
             FunnelError: the file is malformed.
@@ -203,57 +225,119 @@ class Classifier:
         with tqdm(desc=source.path.name, unit="text", disable=None, dynamic_ncols=True) as progress:
             while chunk := list(itertools.islice(rows, CHUNK_SIZE)):
                 pairs = None if chunk[0].pair is None else [row.pair or "" for row in chunk]
-                for logits in self.logits([row.text for row in chunk], pairs):
-                    yield self.to_prediction(logits)
+                for row, logits in zip(chunk, self.logits([row.text for row in chunk], pairs), strict=True):
+                    yield row, self.to_prediction(logits)
                 progress.update(len(chunk))
 
+    def evaluate_file(
+        self, source: ExampleFile, metrics: Sequence[str], labels: Mapping[str, str] | None = None
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Evaluates the classifier on a labeled file, with a progress bar on standard error; updates `n_truncated`.
 
-def write_predictions(predictions: Iterable[Prediction], path: Path) -> int:
+        Args:
+            metrics: names, as in `funnel.training.metrics.get_metric`.
+            labels: names of the labels by another spelling in the file, as in `Task.labels`; ignored if the classifier has
+                other labels.
+
+        Returns:
+            Loss and metrics by name, and the result of `analyze_errors`. Correlations may be NaN.
+
+        Raises:
+            FunnelError: the file is malformed or has a label that the classifier lacks, or a metric is unknown.
+        """
+        config = self.model.config
+        label_ids = None if config.problem_type == "regression" else {name: i for i, name in config.id2label.items()}
+        if labels and label_ids and set(labels.values()) == set(label_ids):
+            label_ids = {spelling: label_ids[name] for spelling, name in labels.items()} | label_ids
+        dataset = encode_examples(source, label_ids, self.tokenizer, self.inputs.max_length)
+        self.n_truncated += dataset.truncation.texts
+        n_batches = math.ceil(len(dataset) / BATCH_SIZE)
+        progress = tqdm(desc=source.path.name, total=n_batches, unit="batch", disable=None, dynamic_ncols=True)
+
+        def advance() -> None:
+            progress.update()
+
+        with progress, autocast(self.device, self.dtype):
+            logits = predict_logits(self.model, dataset, poll=advance)
+        check_finite_logits(logits, source.path.name, self.dtype)
+        scores = compute_metrics(logits, dataset, metrics, list(config.id2label.values()))
+        return scores, analyze_errors(logits, dataset, config, self.tokenizer)
+
+
+def _describe_content(folder: Path) -> str:
+    """What a folder that is not a checkpoint contains, for an error message."""
+    if runs := sorted(record.parent.name for record in folder.glob(f"*/{RUN_FILE}")):
+        return f"choose one of the runs in it: {format_list(runs)}"
+    return f"it contains {format_list(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
+
+
+def write_predictions(predictions: Iterable[tuple[Example, Prediction]], source: ExampleFile, path: Path) -> int:
     """Writes predictions to a .csv, .tsv or .jsonl file, gzipped if the name ends in .gz, and returns their number.
 
-    Every row has the example's index from 0, the label, and the probability of every class. The file is written atomically.
+    Every row has the example's index from 0, the label, the probability of every class, the text or both texts, and the
+    values of the source's `extra_columns`. The latter have the names of the source's columns, preceded by "input " where a
+    column of the predictions has the same name. csv and tsv files are quoted as in RFC 4180. The file is written atomically.
 
     Raises:
         FunnelError: the file cannot be written, or its name has none of these suffixes.
     """
     format = file_format(path)
-    if not format:
+    if format not in OUTPUT_FORMATS:
         raise FunnelError(f"{path}: unknown format; predictions are written to .csv, .tsv or .jsonl files")
+    columns = [str(column) for column in (*source.text_columns, *source.extra_columns)]
     open_text = gzip.open if is_gzipped(path) else open
     with atomic_write(path) as temporary, cast(TextIO, open_text(temporary, "wt", encoding="utf-8", newline="")) as file:
-        return _write_json_lines(predictions, file) if format == "jsonl" else _write_table(predictions, file, format)
+        if format == "jsonl":
+            return _write_json_lines(predictions, columns, file)
+        writer = csv.writer(file, delimiter="," if format == "csv" else "\t", lineterminator="\n")
+        return _write_table(predictions, columns, writer)
 
 
-def _write_json_lines(predictions: Iterable[Prediction], file: TextIO) -> int:
+def _write_json_lines(predictions: Iterable[tuple[Example, Prediction]], columns: list[str], file: TextIO) -> int:
+    columns = _rename_columns(columns, {"index", "label", "probabilities"})
     count = 0
-    for index, prediction in enumerate(predictions):
-        values: dict[str, object] = {"index": index, "label": prediction.label}
+    for example, prediction in predictions:
+        values: dict[str, object] = {"index": count, "label": prediction.label}
         if prediction.probabilities:
             values["probabilities"] = prediction.probabilities
+        values |= zip(columns, _copied_values(example), strict=True)
         file.write(json.dumps(values, ensure_ascii=False) + "\n")
         count += 1
     return count
 
 
-def _write_table(predictions: Iterable[Prediction], file: TextIO, format: str) -> int:
-    if format == "csv":
-        writer = csv.writer(file, lineterminator="\n")
-    else:  # .tsv files have no quoting, so fields must not contain tabs or line breaks
-        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, lineterminator="\n")
+def _write_table(predictions: Iterable[tuple[Example, Prediction]], columns: list[str], writer: Any) -> int:
     count = 0
-    for index, prediction in enumerate(predictions):
-        if index == 0:
-            header = ["index", "label", *(f"probability of {name}" for name in prediction.probabilities)]
-            writer.writerow(header if format == "csv" else map(_normalize_whitespace, header))
-        label = prediction.label if isinstance(prediction.label, str) else f"{prediction.label:.6g}"
-        label = label if format == "csv" else _normalize_whitespace(label)
-        writer.writerow([index, label, *(f"{probability:.6f}" for probability in prediction.probabilities.values())])
+    for example, prediction in predictions:
+        if count == 0:
+            names = ["index", "label", *(f"probability of {name}" for name in prediction.probabilities)]
+            writer.writerow(map(_quotable, [*names, *_rename_columns(columns, set(names))]))
+        label = prediction.label if isinstance(prediction.label, str) else f"{prediction.label:.9g}"
+        probabilities = [f"{probability:.6f}" for probability in prediction.probabilities.values()]
+        writer.writerow(map(_quotable, [str(count), label, *probabilities, *_copied_values(example)]))
         count += 1
     return count
 
 
-def _normalize_whitespace(text: str) -> str:
-    return " ".join(text.split())
+def _quotable(field: str) -> str:
+    """The field with lone carriage returns replaced, because csv.writer does not quote them."""
+    return re.sub(r"\r(?!\n)", "\n", field)
+
+
+def _copied_values(example: Example) -> list[str]:
+    """The fields of the input that are copied to the output."""
+    return [example.text, *([] if example.pair is None else [example.pair]), *example.extra]
+
+
+def _rename_columns(columns: Iterable[str], taken: set[str]) -> list[str]:
+    """Makes names distinct from those of the predictions."""
+    renamed = []
+    for name in columns:
+        while name in taken:
+            name = f"input {name}"
+        taken.add(name)
+        renamed.append(name)
+    return renamed
 
 
 def write_glue_submission(classifier: Classifier, task: Task, folder: Path) -> list[Path]:
@@ -278,7 +362,7 @@ def write_glue_submission(classifier: Classifier, task: Task, folder: Path) -> l
     contents = {}
     for name, source in task.tests.items():
         lines = ["index\tprediction"]
-        for index, prediction in enumerate(classifier.predict_file(source)):
+        for index, (_, prediction) in enumerate(classifier.predict_file(source)):
             lines.append(f"{index}\t{_glue_answer(prediction, answers)}")
         contents[folder / f"{name}.tsv"] = "\n".join(lines) + "\n"
     with contextlib.ExitStack() as stack:  # no file is moved into place before all are written

@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, reference_probabilities, tiny_config
 
 from funnel import inference
-from funnel.data.files import ExampleFile
+from funnel.data.files import Example, ExampleFile
 from funnel.data.tasks import TASKS, get_task
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
@@ -46,6 +47,47 @@ def test_one_text_gives_one_prediction(classifier_folder):
     assert classifier(["a good film"], ["not bad"])[0].label == prediction.label
 
 
+@pytest.mark.parametrize("convert", [tuple, np.array, iter, lambda texts: dict.fromkeys(texts).keys()])
+def test_texts_may_be_any_iterable_of_strings(convert, classifier_folder):
+    classifier = Classifier.load(classifier_folder)
+    texts, pairs = ["a good film", "bad"], ["not bad", "good"]
+    assert classifier(convert(texts)) == classifier(texts)
+    assert classifier(convert(texts), convert(pairs)) == classifier(texts, pairs)
+    assert classifier(convert([])) == []
+
+
+def test_texts_may_be_a_pandas_series(classifier_folder):
+    pandas = pytest.importorskip("pandas")
+    classifier = Classifier.load(classifier_folder)
+    assert classifier(pandas.Series(TEXTS, index=range(7, 7 + len(TEXTS)))) == classifier(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (None, "texts has type NoneType"),
+        (3, "texts has type int"),
+        (b"a film", "texts has type bytes"),
+        ({"text": ["a film"]}, "texts has type dict"),
+        (np.array([["a", "film"]]), "texts has type ndarray"),
+        (["a", 1], r"texts\[1\] has type int \(1\): expected a string"),
+        (["a", None], r"texts\[1\] has type NoneType"),
+        ([["a", "film"]], r"texts\[0\] has type list"),
+        (np.array(["a", np.nan], dtype=object), r"texts\[1\] has type float"),
+    ],
+)
+def test_non_string_inputs_are_errors(texts, message, classifier_folder):
+    classifier = Classifier.load(classifier_folder)
+    with pytest.raises(FunnelError, match=message):
+        classifier(texts)
+    with pytest.raises(FunnelError, match=message.replace("texts", "pairs") if texts is not None else message):
+        classifier(texts if texts is None else ["a"], texts)
+
+
+def test_no_texts_have_no_logits(classifier_folder):
+    assert Classifier.load(classifier_folder).logits([]).shape == (0, 3)
+
+
 @pytest.mark.parametrize("arguments", [("a", ["b"]), (["a"], "b"), (["a", "b"], ["c"])])
 def test_pairs_must_match_texts(arguments, classifier_folder):
     with pytest.raises(FunnelError, match="pair"):
@@ -77,6 +119,31 @@ def test_texts_are_truncated_as_in_training(classifier_folder):
     classifier = Classifier.load(classifier_folder)
     assert classifier("a good film a bad") != classifier("a good film a good")
     assert classifier.n_truncated == 0
+
+
+def test_a_call_checks_the_training_columns(classifier_folder):
+    classifier = Classifier.load(classifier_folder)
+    for columns, arguments in ((("text",), (["a"], ["b"])), (("first", "second"), (["a"],)), (("first", "second"), ("a",))):
+        classifier.inputs = InputFormat(16, columns)
+        with pytest.raises(FunnelError, match="the classifier was trained on"):
+            classifier(*arguments)
+
+
+def test_the_checkpoints_input_format_takes_precedence(classifier_folder, tmp_path):
+    write_settings(classifier_folder.parent, max_length=6, columns=["text"])
+    values = json.loads((classifier_folder / "config.json").read_text())
+    values |= {"model_max_length": 9, "text_columns": ["first", "second"]}
+    (classifier_folder / "config.json").write_text(json.dumps(values))
+    assert Classifier.load(classifier_folder.parent).inputs == InputFormat(9, ("first", "second"))
+    copy = classifier_folder.rename(tmp_path / "copy")  # without a run
+    assert Classifier.load(copy).inputs == InputFormat(9, ("first", "second"))
+
+
+def test_multi_label_models_are_an_error(classifier_folder):
+    values = json.loads((classifier_folder / "config.json").read_text())
+    (classifier_folder / "config.json").write_text(json.dumps(values | {"problem_type": "multi_label_classification"}))
+    with pytest.raises(FunnelError, match="multi-label prediction is not supported"):
+        Classifier.load(classifier_folder)
 
 
 @pytest.mark.parametrize(
@@ -115,15 +182,15 @@ def test_a_run_of_version_0_1_still_loads():
 # --- prediction files -------------------------------------------------------------------------------------------------
 
 
-def read_predictions(path: Path) -> list[tuple[str, list[float]]]:
-    """Labels and probabilities."""
+def read_predictions(path: Path) -> list[tuple[str, list[float], str]]:
+    """Labels, probabilities and texts."""
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8", newline="") as file:
         if ".jsonl" in path.name:
-            return [(row["label"], list(row["probabilities"].values())) for row in map(json.loads, file)]
-        rows = list(csv.reader(file)) if ".csv" in path.name else [line.rstrip("\n").split("\t") for line in file]
+            return [(row["label"], list(row["probabilities"].values()), row["text"]) for row in map(json.loads, file)]
+        rows = list(csv.reader(file, delimiter="," if ".csv" in path.name else "\t", strict=True))
     assert [row[0] for row in rows[1:]] == [str(i) for i in range(len(rows) - 1)]
-    return [(row[1], [float(p) for p in row[2:]]) for row in rows[1:]]
+    return [(row[1], [float(p) for p in row[2:-1]], row[-1]) for row in rows[1:]]
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.tsv", "out.jsonl", "out.jsonl.gz", "out.csv.gz"])
@@ -137,45 +204,99 @@ def test_predictions_of_a_file_are_written_in_order(classifier_folder, tmp_path,
             file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
     classifier = Classifier.load(classifier_folder)
     out = tmp_path / "new" / name
-    assert write_predictions(classifier.predict_file(ExampleFile(tmp_path / source, ("text",))), out) == len(TEXTS)
-    for (label, probabilities), prediction in zip(read_predictions(out), classifier(TEXTS), strict=True):
-        assert label.split() == str(prediction.label).split()
+    file = ExampleFile(tmp_path / source, ("text",))
+    assert write_predictions(classifier.predict_file(file), file, out) == len(TEXTS)
+    predictions = zip(read_predictions(out), TEXTS, classifier(TEXTS), strict=True)
+    for (label, probabilities, copied), text, prediction in predictions:
+        assert (label, copied) == (prediction.label, text)
         assert probabilities == pytest.approx(list(prediction.probabilities.values()), abs=1e-6)
     assert [path.name for path in out.parent.iterdir()] == [name]
 
 
-def test_tsv_fields_contain_no_tabs_and_no_quoting(classifier_folder, tmp_path):
-    write_predictions(Classifier.load(classifier_folder)(["good"]), tmp_path / "out.tsv")
-    header = (tmp_path / "out.tsv").read_text().splitlines()[0].split("\t")
-    assert header == ["index", "label", "probability of no", 'probability of yes, "really"', "probability of a b"]
+def rows(*predictions: Prediction, text: str = "good") -> list[tuple[Example, Prediction]]:
+    return [(Example(text, None, None, number), prediction) for number, prediction in enumerate(predictions, 1)]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.tsv"])
+@pytest.mark.parametrize("text", ['a "good" film', '"a', "a\tb", "a, b", "a\nb", "a\r\nb", "", " a "])
+def test_fields_are_quoted(name, text, tmp_path):
+    prediction = Prediction("a\tb", 1.0, {"a\tb": 1.0})
+    write_predictions(rows(prediction, text=text), ExampleFile(Path("in"), ("text",)), tmp_path / name)
+    with (tmp_path / name).open(newline="") as file:
+        header, row = csv.reader(file, delimiter="," if name == "out.csv" else "\t", strict=True)
+    assert header == ["index", "label", "probability of a\tb", "text"]
+    assert row == ["0", "a\tb", "1.000000", text]
+
+
+def test_a_lone_carriage_return_is_written_as_a_line_feed(tmp_path):
+    write_predictions(rows(Prediction(2.5, None, {}), text="a\rb"), ExampleFile(Path("in"), ("text",)), tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_bytes() == b'index,label,text\n0,2.5,"a\nb"\n'
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl"])
+def test_copied_columns_do_not_hide_those_of_the_predictions(name, tmp_path):
+    source = ExampleFile(Path("in"), ("label",), extra_columns=("input label", "index"))
+    row = (Example("good", None, None, 1, ("x", "7")), Prediction(2.5, None, {}))
+    write_predictions([row], source, tmp_path / name)
+    if name == "out.csv":
+        content = "index,label,input label,input input label,input index\n0,2.5,good,x,7\n"
+    else:
+        content = '{"index": 0, "label": 2.5, "input label": "good", "input input label": "x", "input index": "7"}\n'
+    assert (tmp_path / name).read_text() == content
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("out.csv", "index,label\n0,2.5\n1,-0.123457\n"),
-        ("out.tsv", "index\tlabel\n0\t2.5\n1\t-0.123457\n"),
-        ("out.jsonl", '{"index": 0, "label": 2.5}\n{"index": 1, "label": -0.12345678}\n'),
+        ("out.csv", "index,label,text\n0,2.5,good\n1,-0.12345678,good\n"),
+        ("out.tsv", "index\tlabel\ttext\n0\t2.5\tgood\n1\t-0.12345678\tgood\n"),
+        ("out.jsonl", '{"index": 0, "label": 2.5, "text": "good"}\n{"index": 1, "label": -0.12345678, "text": "good"}\n'),
     ],
 )
 def test_scores_are_written_without_probabilities(name, content, tmp_path):
-    predictions = [Prediction(2.5, None, {}), Prediction(-0.12345678, None, {})]
-    assert write_predictions(predictions, tmp_path / name) == 2
+    predictions = rows(Prediction(2.5, None, {}), Prediction(-0.12345678, None, {}))
+    assert write_predictions(predictions, ExampleFile(Path("in"), ("text",)), tmp_path / name) == 2
     assert (tmp_path / name).read_text() == content
 
 
 def test_a_malformed_input_file_leaves_no_output(classifier_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "CHUNK_SIZE", 1)
     (tmp_path / "in.tsv").write_text("text\tmore\na\tb\nc\n")
-    classifier = Classifier.load(classifier_folder)
+    classifier, file = Classifier.load(classifier_folder), ExampleFile(tmp_path / "in.tsv", ("text",))
     with pytest.raises(FunnelError, match=r"in\.tsv, line 3: 1 field"):
-        write_predictions(classifier.predict_file(ExampleFile(tmp_path / "in.tsv", ("text",))), tmp_path / "out.tsv")
+        write_predictions(classifier.predict_file(file), file, tmp_path / "out.tsv")
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def test_prediction_files_of_unknown_format_are_rejected(tmp_path):
     with pytest.raises(FunnelError, match=r"out\.txt: unknown format"):
-        write_predictions([], tmp_path / "out.txt")
+        write_predictions([], ExampleFile(Path("in"), ("text",)), tmp_path / "out.txt")
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_accepts_label_names_and_the_tasks_spellings(classifier_folder, tmp_path):
+    """As on the predictions themselves, so that all metrics are known."""
+    classifier = Classifier.load(classifier_folder)
+    spellings = dict(zip("012", classifier.model.config.id2label.values(), strict=True))
+    labels = [prediction.label for prediction in classifier(TEXTS)]
+    spelled = [next(spelling for spelling, name in spellings.items() if name == label) for label in labels]
+    for written in (labels, spelled):
+        lines = [json.dumps({"text": t, "label": label}) for t, label in zip(TEXTS, written, strict=True)]
+        (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+        source = ExampleFile(tmp_path / "in.jsonl", ("text",), "label")
+        scores, errors = classifier.evaluate_file(source, ("accuracy",), spellings)
+        assert scores["accuracy"] == 1
+        assert errors["mistakes"] == []
+        assert sum(map(sum, errors["confusion"])) == errors["examples"] == len(TEXTS)
+
+
+def test_an_unknown_label_is_an_error_with_its_line(classifier_folder, tmp_path):
+    (tmp_path / "in.csv").write_text("text,label\na,no\nb,No\n")
+    source = ExampleFile(tmp_path / "in.csv", ("text",), "label")
+    with pytest.raises(FunnelError, match=r"in\.csv, line 3: unknown label 'No'; the labels are no"):
+        Classifier.load(classifier_folder).evaluate_file(source, ("accuracy",))
 
 
 # --- GLUE -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from funnel.analysis.runs import Run, to_number
+from funnel.analysis.runs import Run, is_percentage, to_number, with_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,9 +27,9 @@ def plot_loss(run: Run) -> str:
 
 
 def plot_metrics(run: Run) -> str:
-    """Dev metrics by step."""
+    """Dev metrics by step, without errors such as rmse."""
     axes = _new_axes("step", "dev score, %")
-    for name in run.metrics:
+    for name in filter(is_percentage, run.metrics):
         steps, scores = _points(run.dev_log, name)
         axes.plot(steps, [100 * score for score in scores], "o-", label=name, markersize=4)
     return _to_svg(axes, "dev metrics by step", legend=True)
@@ -56,9 +56,9 @@ def plot_comparison(groups: Sequence[list[Run]]) -> list[str]:
 
 def _plot_scores(groups: Sequence[tuple[int, list[Run]]], costs: Sequence[float], label: str) -> str:
     task, metric = groups[0][1][0].task, groups[0][1][0].metrics[0]
-    axes = _new_axes(label, f"{task}: dev {metric}, %")
+    axes = _new_axes(label, f"{task}: dev {with_unit(metric)}")
     for (number, group), cost in zip(groups, costs, strict=True):
-        scores = [100 * to_number(run.final.get(metric)) for run in group]
+        scores = [(100 if is_percentage(metric) else 1) * to_number(run.final.get(metric)) for run in group]
         if not all(map(math.isfinite, scores)):
             continue
         mean, deviation = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else None

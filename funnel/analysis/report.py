@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from funnel.analysis.figures import plot_comparison, plot_loss, plot_metrics, plot_regression
-from funnel.analysis.runs import Run, group_by_settings, to_number
-from funnel.errors import FunnelError, error_reason
+from funnel.analysis.runs import Run, group_by_settings, is_percentage, to_number
+from funnel.errors import FunnelError, error_reason, plural
 
 MAX_MATRIX_CLASSES = 12  # above this, the page lists the most frequent confusions instead of the matrix
 MAX_RUN_NAMES = 3
@@ -34,8 +34,8 @@ def table_row(group: Sequence[Run]) -> tuple[str, ...]:
         f"{first.settings['lr']:g}",
         f"{first.settings['epochs']:g}" + ("" if all(run.is_finished for run in group) else " (unfinished)"),
         str(len(group)),
-        f"{metric} {format_mean([to_number(run.final.get(metric)) * 100 for run in group])}",
-        format_mean([to_number(run.best.get(metric)) * 100 for run in group]),
+        f"{metric} {format_scores(metric, [to_number(run.final.get(metric)) for run in group])}",
+        format_scores(metric, [to_number(run.best.get(metric)) for run in group]),
         f"{statistics.mean(run.seconds for run in group) / 60:.1f}",
         f"{first.flops / 1e6:.3g} ({first.flops_ratio:.2f})",
         f"{first.n_parameters / 1e6:.3g} M",
@@ -44,17 +44,25 @@ def table_row(group: Sequence[Run]) -> tuple[str, ...]:
     )
 
 
-def format_mean(values: Sequence[float]) -> str:
-    """Mean, and standard deviation if there are several values."""
+def format_scores(metric: str, values: Sequence[float]) -> str:
+    """Mean, and standard deviation if there are several values; in percent, errors such as rmse as they are."""
     if not all(map(math.isfinite, values)):
         return "not finite"
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    if is_percentage(metric):
+        return " ± ".join(f"{100 * value:.1f}" for value in _mean_and_deviation(values))
+    return " ± ".join(f"{value:.4g}" for value in _mean_and_deviation(values)) + " (absolute)"
+
+
+def _mean_and_deviation(values: Sequence[float]) -> list[float]:
+    """The mean alone for a single value."""
+    return [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
 
 
 def markdown_table(runs: Sequence[Run]) -> str:
-    """A table with one row for each group of runs that differ only in their seed."""
+    """A table with one row for each group of runs that differ only in their seed. Pipes in names are escaped."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *(table_row(group) for group in group_by_settings(runs))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    lines = ([" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def render_page(runs: Sequence[Run]) -> str:
@@ -79,6 +87,7 @@ def render_page(runs: Sequence[Run]) -> str:
         return environment.get_template("report.html").render(
             title=f"{tasks}: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}",
             runs=runs,
+            plural=plural,
             columns=COLUMNS,
             rows=[table_row(group) for group in groups],
             comparison=plot_comparison(groups),

@@ -4,19 +4,20 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from funnel.data.tasks import CUSTOM
-from funnel.errors import FunnelError, error_reason
-from funnel.io import existing_folder, os_errors, read_json
-from funnel.model.checkpoint import load_config
+from funnel.errors import FunnelError, error_reason, plural
+from funnel.io import os_errors, read_json
+from funnel.model.checkpoint import best_checkpoint, load_config
 from funnel.model.config import FunnelConfig
 from funnel.model.flops import ModuleCost, count_parameters, module_costs, total_flops
 from funnel.training.error_analysis import EVALUATION_FILE
+from funnel.training.metrics import LOWER_IS_BETTER, selection_key
 
 MAX_CONFUSIONS = 20
 SEED_DEPENDENT = ("seed", "train_examples", "dev_examples", "mean_tokens")  # settings that differ between repetitions
@@ -64,6 +65,8 @@ class Run:
     @property
     def metrics(self) -> list[str]:
         """Names of the task's metrics; the first one selects the best checkpoint."""
+        if "metrics" in self.settings:
+            return list(map(str, self.settings["metrics"]))
         return [name for name in self.dev_log[-1] if name not in ("step", "split", "loss")]
 
     @property
@@ -73,8 +76,10 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The best evaluation on dev."""
-        return max(self.dev_log, key=lambda line: to_number(line.get(self.metrics[0])))
+        """The best evaluation on dev, whose checkpoint is in best/."""
+        if "metrics" not in self.settings:  # from a version that kept the first of equal evaluations
+            return max(self.dev_log, key=lambda line: to_number(line.get(self.metrics[0])))
+        return max(self.dev_log, key=lambda line: selection_key(line, self.metrics[0]))
 
     @property
     def is_finished(self) -> bool:
@@ -119,20 +124,17 @@ class Run:
     @property
     def confusions(self) -> list[tuple[int, str, str]]:
         """The most frequent kinds of errors: count, label, prediction."""
-        labels, matrix = self.evaluation["labels"], self.evaluation["confusion"]
-        pairs = itertools.permutations(range(len(labels)), 2)
-        confusions = [(matrix[i][j], labels[i], labels[j]) for i, j in pairs if matrix[i][j]]
-        return sorted(confusions, key=lambda confusion: -confusion[0])[:MAX_CONFUSIONS]
+        return top_confusions(self.evaluation)
 
     def summary(self) -> list[tuple[str, str]]:
         """The run's main figures: description and formatted value."""
         metric, best = self.metrics[0], self.best
-        figures = [(f"final dev {name}, %", format_percent(self.final.get(name))) for name in self.metrics]
+        figures = [(f"final dev {with_unit(name)}", format_score(name, self.final.get(name))) for name in self.metrics]
         figures += [
-            (f"best dev {metric}, % (step {best['step']:,})", format_percent(best.get(metric))),
+            (f"best dev {with_unit(metric)} (step {best['step']:,})", format_score(metric, best.get(metric))),
             ("training time, minutes", f"{self.seconds / 60:.1f}"),
             ("parameters", f"{self.n_parameters / 1e6:.3g} M"),
-            (f"FLOPs of a forward pass ({self.length} tokens)", f"{self.flops / 1e6:.3g} M"),
+            (f"FLOPs of a forward pass ({plural(self.length, 'token')})", f"{self.flops / 1e6:.3g} M"),
             ("of the FLOPs without pooling", f"{self.flops_ratio:.0%}"),
         ]
         if math.isfinite(self.peak_memory):
@@ -140,14 +142,34 @@ class Run:
         return figures
 
 
+def top_confusions(evaluation: Mapping[str, Any]) -> list[tuple[int, str, str]]:
+    """The most frequent kinds of errors in the result of `analyze_errors`: count, label, prediction."""
+    labels, matrix = evaluation["labels"], evaluation["confusion"]
+    pairs = itertools.permutations(range(len(labels)), 2)
+    confusions = [(matrix[i][j], labels[i], labels[j]) for i, j in pairs if matrix[i][j]]
+    return sorted(confusions, key=lambda confusion: -confusion[0])[:MAX_CONFUSIONS]
+
+
 def to_number(value: Any) -> float:
     """A logged value; -inf if it is missing or not finite (null in the log)."""
     return value if isinstance(value, int | float) and not math.isnan(value) else -math.inf
 
 
-def format_percent(value: Any) -> str:
-    """85.2 for 0.852."""
-    return f"{value * 100:.1f}" if math.isfinite(to_number(value)) else "not finite"
+def is_percentage(metric: str) -> bool:
+    """Whether reports show a metric in percent; errors, such as rmse, are shown as they are."""
+    return metric not in LOWER_IS_BETTER
+
+
+def with_unit(metric: str) -> str:
+    """ "accuracy, %", "rmse"."""
+    return f"{metric}, %" if is_percentage(metric) else metric
+
+
+def format_score(metric: str, value: Any) -> str:
+    """85.2 for an accuracy of 0.852."""
+    if not math.isfinite(to_number(value)):
+        return "not finite"
+    return f"{100 * value:.1f}" if is_percentage(metric) else f"{value:.4g}"
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -171,7 +193,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         FunnelError: a file is missing or damaged, or the run has no evaluation yet.
     """
-    record, best = read_json(folder / "run.json"), existing_folder(folder / "best")
+    record, best = read_json(folder / "run.json"), best_checkpoint(folder)
     with os_errors(folder / "metrics.jsonl"):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     log = [line for line in map(_parse_log_line, lines) if line]

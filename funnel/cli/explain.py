@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from funnel.analysis.rollout import Explanation
 
 BAR_WIDTH = 40
+LEGEND = (
+    "Percentages: share of the final [CLS] state that comes from the token or passes through the position, according to the\n"
+    "attention weights; each list sums to 100%. Bars are relative to the longest in their list."
+)
 
 
 def add_explain(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None:
@@ -42,9 +46,10 @@ def format_explanation(explanation: "Explanation") -> str:
 
     prediction = explanation.prediction
     if prediction.probability is None:
-        lines = [f"{prediction.label:.4g}"]
+        lines = [f"{prediction.label:.7g}"]
     else:
         lines = [f"{prediction.label} ({prediction.probability:.1%})"]
+    lines.append(LEGEND)
     tokens = [Position([index], contribution) for index, contribution in enumerate(explanation.contributions)]
     blocks = [(f"block {number}", positions) for number, positions in enumerate(explanation.blocks)]
     for name, positions in [("tokens", tokens), *blocks]:

@@ -1,12 +1,13 @@
 """`funnel layout`: the cost of a layout and the origin of its layers, without training or building a model."""
 
 import argparse
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from funnel.cli.common import ArgumentParser
-from funnel.errors import FunnelError
+from funnel.cli.common import ArgumentParser, add_overwrite, align_columns, check_output
+from funnel.errors import FunnelError, format_list
 
 if TYPE_CHECKING:
     from funnel.model.config import FunnelConfig
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 LENGTHS = (128, 512)  # tokens
 BYTES_PER_ACTIVATION = 2  # bf16
+PLOT_FORMATS = (".png", ".svg", ".pdf")
 
 
 def add_layout(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None:
@@ -29,7 +31,9 @@ def add_layout(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None
     parser.add_argument("--keep", default="spread", help="which layers to keep if the weights have more than --blocks: spread, "
                         "first or last (default: %(default)s)")  # fmt: skip
     parser.add_argument("--layout-plan", type=Path, help="JSON file with a layout plan, instead of --init and --keep")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the layout (extra: plot)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"also draw the layout, as {format_list(PLOT_FORMATS)} "
+                        "(extra: plot)")  # fmt: skip
+    add_overwrite(parser)
     parser.set_defaults(work=show_layout)
 
 
@@ -40,8 +44,12 @@ def show_layout(args: argparse.Namespace) -> None:
         FunnelError: layout, weights or plan cannot be read.
     """
     from funnel.model.flops import count_parameters, total_flops
+    from funnel.weights.build import WeightsArgs
     from funnel.weights.surgery import make_plan, read_plan
 
+    WeightsArgs(args.weights, args.blocks, args.init, args.keep, args.layout_plan)  # checks the combination
+    if args.plot is not None:
+        _check_plot(args.plot, args.overwrite)
     weights = _read_config(args.weights).replace(num_decoder_layers=0)
     config = weights.replace(blocks=args.blocks) if args.blocks else weights
     try:
@@ -59,7 +67,7 @@ def show_layout(args: argparse.Namespace) -> None:
     parameters = count_parameters(config) / count_parameters(baseline)
     print(f"\ncompared with {baseline.layout}: {', '.join(ratios)}, {parameters:.2f} of its parameters\n")
     print("\n".join(f"layer {layer}" for layer in plan))
-    if args.plot:
+    if args.plot is not None:
         plot_layout(config, args.plot)
         print(f"\nwrote {args.plot}")
 
@@ -91,7 +99,7 @@ def cost_table(config: "FunnelConfig") -> str:
     totals = [f"{total / 1e9:.3g}" for total in flops] + [_mib(total) for total in activations]
     rows.append(["total", "", *("" for _ in LENGTHS), f"{n_parameters:,}", "", *totals])
     note = "Memory: approximate activations saved for the backward pass, per example, in bf16."
-    return f"{_align(rows)}\n\n{note}"
+    return f"{align_columns(rows)}\n\n{note}"
 
 
 def _header() -> list[str]:
@@ -110,27 +118,24 @@ def _mib(activations: int) -> str:
     return f"{activations * BYTES_PER_ACTIVATION / 2**20:.3g}"
 
 
-def _align(rows: list[list[str]]) -> str:
-    """Pads cells to columns: the first one left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for first, *cells in rows:
-        aligned = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join(lines)
+def _check_plot(path: Path, overwrite: bool) -> None:
+    """Raises FunnelError unless the layout can be drawn into this file."""
+    if path.suffix.lower() not in PLOT_FORMATS:
+        raise FunnelError(f"plot {path}: unknown image format; expected a name in {format_list(PLOT_FORMATS)}", "plot")
+    check_output(path, "plot", overwrite=overwrite)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise FunnelError("plot needs matplotlib; run pip install 'funnel-transformer[plot]'", "plot")
 
 
 def plot_layout(config: "FunnelConfig", path: Path) -> None:
     """Draws one bar per executed layer, whose width is the sequence length.
 
     Raises:
-        FunnelError: matplotlib is not installed, or the file cannot be written.
+        FunnelError: the file cannot be written.
     """
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise FunnelError("plot needs matplotlib; run pip install 'funnel-transformer[plot]'", "plot") from None
-    from funnel.io import os_errors
+    import matplotlib.pyplot as plt
+
+    from funnel.io import atomic_write
     from funnel.model.flops import module_costs
 
     length = LENGTHS[0]
@@ -149,11 +154,7 @@ def plot_layout(config: "FunnelConfig", path: Path) -> None:
     axes.set_axis_off()
     axes.set_title(f"{config.layout}, {length} tokens", fontsize=10)
     try:
-        with os_errors(path, "write"):
-            figure.savefig(path, dpi=110)
-    except FunnelError:
-        raise
-    except ValueError as error:  # unknown image format
-        raise FunnelError(f"plot {path}: {error}", "plot") from None
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, dpi=110)
     finally:
         plt.close(figure)

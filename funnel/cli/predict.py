@@ -4,17 +4,19 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from funnel.cli.classifier import add_classifier_arguments, load_classifier
-from funnel.cli.common import ArgumentParser, flag
-from funnel.errors import FunnelError, plural
+from funnel.cli.common import ArgumentParser, add_overwrite, check_output, files_of_run, flag
+from funnel.errors import FunnelError, format_list, plural
 
 if TYPE_CHECKING:
+    from funnel.data.files import ExampleFile
     from funnel.inference import Classifier
 
-FILE_OPTIONS = ("out", "text_column", "text_pair_column")
+FILE_OPTIONS = ("out", "text_column", "text_pair_column", "keep_columns")
 
 
 def add_predict(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None:
@@ -24,12 +26,15 @@ def add_predict(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> Non
     parser.add_argument("texts", nargs="*", default=[], metavar="TEXT",
                         help="text (default: read standard input, one text per line, or two separated by a tab)")  # fmt: skip
     parser.add_argument("--pair", action="append", metavar="TEXT", help="second text of a pair; repeat for each TEXT")
-    parser.add_argument("--file", type=Path, help=".tsv, .csv or .jsonl file of texts, also gzipped (.gz)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the predictions of --file, in any of these "
-                        "formats (default: predictions-FILE in the run's folder)")  # fmt: skip
+    parser.add_argument("--file", type=Path, help="file of texts, in any format that train.py reads")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl file, also gzipped (.gz), for the "
+                        "predictions of --file (default: predictions-FILE in the run's folder)")  # fmt: skip
     parser.add_argument("--text-column", metavar="NAME", help="text column of --file (default: as in training, else text or "
                         "sentence)")  # fmt: skip
     parser.add_argument("--text-pair-column", metavar="NAME", help="second text column of --file (default: as in training)")
+    parser.add_argument("--keep-columns", nargs="*", metavar="NAME", help="also copy these columns of --file to the output; "
+                        "without NAME, all of them")  # fmt: skip
+    add_overwrite(parser)
     parser.set_defaults(work=predict, take_extra=_take_texts)
 
 
@@ -48,9 +53,10 @@ def predict(args: argparse.Namespace) -> None:
         FunnelError: arguments conflict, the classifier cannot be loaded, or the input is malformed.
     """
     _check(args)
+    out = None if args.file is None else _choose_output(args)
     with load_classifier(args) as classifier:
-        if args.file is not None:
-            _predict_file(classifier, args)
+        if out is not None:
+            _predict_file(classifier, args, out)
         elif args.texts:
             classifier.check_pairs(args.pair is not None)
             _print_predictions(classifier, args.texts, args.pair)
@@ -70,15 +76,48 @@ def _check(args: argparse.Namespace) -> None:
         raise FunnelError(f"--pair: got {len(args.pair)} for {plural(len(args.texts), 'text')}; repeat it for each TEXT")
 
 
-def _predict_file(classifier: "Classifier", args: argparse.Namespace) -> None:
+def _choose_output(args: argparse.Namespace) -> Path:
+    """Checks --out, or chooses the default."""
+    from funnel.data.formats import file_format
+    from funnel.inference import OUTPUT_FORMATS
+
+    inputs = [args.file, *files_of_run(args.run)]
+    if args.out is not None:
+        if file_format(args.out) not in OUTPUT_FORMATS:
+            raise FunnelError(f"out {args.out}: unknown format; predictions are written to .csv, .tsv or .jsonl files", "out")
+        check_output(args.out, "out", inputs, args.overwrite)
+        return Path(args.out)
+    name = args.file.name
+    if file_format(args.file) not in OUTPUT_FORMATS:
+        name = Path(name.removesuffix(".gz")).stem + ".csv"
+    out = Path(args.run / f"predictions-{name}")
+    check_output(out, "out", inputs, overwrite=True)
+    return out
+
+
+def _predict_file(classifier: "Classifier", args: argparse.Namespace, out: Path) -> None:
+    from funnel.data.custom import ColumnChoice
     from funnel.inference import write_predictions
 
-    source = classifier.open_file(args.file, args.text_column, args.text_pair_column)
-    out = args.out or args.run / f"predictions-{args.file.name}"
-    if out.exists() and out.samefile(args.file):
-        raise FunnelError(f"--out {out}: would overwrite --file; choose another name")
-    count = write_predictions(classifier.predict_file(source), out)
+    source = classifier.open_file(args.file, ColumnChoice(args.text_column, args.text_pair_column, labeled=False))
+    if args.keep_columns is not None:
+        source = _keep_columns(source, args.keep_columns)
+    print(source.description, file=sys.stderr)
+    count = write_predictions(classifier.predict_file(source), source, out)
     print(f"wrote {plural(count, 'prediction')} to {out}")
+
+
+def _keep_columns(source: "ExampleFile", names: list[str]) -> "ExampleFile":
+    """The file with further columns to copy to the output: all if no names are given."""
+    columns = source.column_names()
+    for name in names:
+        if name not in columns:
+            raise FunnelError(
+                f"{source.path}: no column {name!r}; choose keep_columns from {format_list(columns)}", "keep_columns"
+            )
+    texts = {str(column) for column in source.text_columns}
+    kept = [name for name in dict.fromkeys(names or columns) if name not in texts]
+    return replace(source, extra_columns=tuple(name if source.has_header else int(name) for name in kept))
 
 
 def _predict_standard_input(classifier: "Classifier") -> None:
@@ -101,7 +140,7 @@ def _read_standard_input(has_pairs: bool) -> Iterator[tuple[str, str | None]]:
     Raises:
         FunnelError: a line is not UTF-8 text, or is not a pair.
     """
-    from funnel.data.files import decode_lines
+    from funnel.data.formats import decode_lines
 
     for number, line in enumerate(decode_lines(sys.stdin.buffer, "standard input"), 1):
         text = line.rstrip("\r\n")
@@ -118,7 +157,7 @@ def _read_standard_input(has_pairs: bool) -> Iterator[tuple[str, str | None]]:
 def _print_predictions(classifier: "Classifier", texts: list[str], pairs: list[str] | None) -> None:
     """Prints one tab-separated line per text: label, probability (not for regression), text, second text."""
     for number, prediction in enumerate(classifier(texts, pairs)):
-        fields = [prediction.label if isinstance(prediction.label, str) else f"{prediction.label:.4g}"]
+        fields = [prediction.label if isinstance(prediction.label, str) else f"{prediction.label:.7g}"]
         if prediction.probability is not None:
             fields.append(f"{prediction.probability:.1%}")
         fields += [texts[number], *([pairs[number]] if pairs else [])]

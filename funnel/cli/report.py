@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from funnel.cli.common import ArgumentParser
+from funnel.cli.common import ArgumentParser, add_overwrite, check_output
 from funnel.errors import FunnelError
 
 
@@ -16,7 +16,17 @@ def add_report(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="HTML file to write (default: report.html in the folder of the run or runs)"
     )
-    parser.set_defaults(work=lambda args: write_report(args.runs, args.out))
+    add_overwrite(parser)
+    parser.set_defaults(work=report)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Checks --out, then writes the report."""
+    if args.out is not None:
+        if args.out.suffix.lower() not in (".html", ".htm"):
+            raise FunnelError(f"out {args.out}: expected the name of an .html file", "out")
+        check_output(args.out, "out", overwrite=args.overwrite)
+    write_report(args.runs, args.out)
 
 
 def write_report(paths: list[Path], out: Path | None) -> None:

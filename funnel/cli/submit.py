@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from funnel.cli.classifier import add_classifier_arguments, load_classifier
-from funnel.cli.common import ArgumentParser
+from funnel.cli.common import ArgumentParser, add_overwrite, check_output
 from funnel.errors import FunnelError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def add_submit(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder that contains the task's test files, "
                         "or a GLUE folder that contains it")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the submission files to")
+    add_overwrite(parser)
     parser.set_defaults(work=submit)
 
 
@@ -40,7 +41,8 @@ def submit(args: argparse.Namespace) -> None:
     task = locate_test_files(trained_task(args.run), args.data)
     for source in task.tests.values():
         source.check()
-    _check_writable(args.out)
+    for name in task.tests:
+        check_output(args.out / f"{name}.tsv", "out", [source.path for source in task.tests.values()], args.overwrite)
     with load_classifier(args) as classifier:
         paths = write_glue_submission(classifier, task, args.out)
     print(f"wrote {', '.join(map(str, paths))}")
@@ -71,22 +73,21 @@ def locate_test_files(task: "Task", folder: Path) -> "Task":
     """The task with `tests` in a folder, or in its subfolder named after the task (GLUE/SST-2).
 
     Raises:
-        FunnelError: a test file is missing.
+        FunnelError: a test file is missing, or the folder has the name of another task, whose files may have the same names
+            and columns.
     """
+    from funnel.data.tasks import TASKS
+
     if not os.path.isdir(folder):
         raise FunnelError(f"data {folder}: no such folder", "data")
     candidates = (folder, folder / task.title)
     first = next(iter(task.tests.values()))
     found = next((candidate for candidate in candidates if (candidate / first.path).exists()), folder)
+    other = TASKS.get(found.resolve().name.lower().replace("-", ""), task)
+    if other.tests and other.name != task.name:
+        raise FunnelError(f"data {folder}: the folder of {other.title}, but the run was trained on {task.title}", "data")
     tests = {name: source.in_folder(found) for name, source in task.tests.items()}
     for source in tests.values():
         if not source.path.is_file():
             raise FunnelError(f"{source.path}: no such file; the GLUE server expects predictions for it")
     return replace(task, tests=tests)
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises FunnelError unless the folder, or the first existing one above it, can be written to."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
-    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
-        raise FunnelError(f"out {folder}: {existing} is not a writable folder", "out")

@@ -2,17 +2,19 @@
 
 import argparse
 import itertools
+import math
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from funnel.cli.common import ArgumentParser
+from funnel.cli.common import ArgumentParser, parse_options
 from funnel.errors import FunnelError, StoppedBySignal, format_list, plural
 
 SET_BY_SWEEP = ("--seed", "--resume", "--out", "--lr", "--blocks")
@@ -86,13 +88,17 @@ def sweep(args: argparse.Namespace) -> None:
 
     Raises:
         FunnelError: an argument is invalid, or a run failed.
+        SystemExit: the script's arguments are invalid.
         StoppedBySignal: after a signal, once the current run has saved a checkpoint.
     """
     from funnel.cli.report import write_report
 
     if not args.script.is_file():
         raise FunnelError(f"--script {args.script}: no such file; run in a checkout, or pass the path of your script")
+    if args.out.exists() and not args.out.is_dir():
+        raise FunnelError(f"--out {args.out}: expected a folder for the runs, found a file")
     runs = plan_runs(SweepArgs(args.out, args.blocks, args.init, args.lr, args.seeds, args.train_arguments))
+    check_runs(runs, args.script)
     states = [run_state(run, args.script) for run in runs]
     print(f"{plural(len(runs), 'run')} in {args.out}, {states.count(FINISHED)} of them finished", flush=True)
     failed = []
@@ -110,7 +116,8 @@ def sweep(args: argparse.Namespace) -> None:
         write_report(trained, args.out / "report.html")
     if failed:
         names = format_list(folder.name for folder in failed)
-        raise FunnelError(f"{len(failed)} of {len(runs)} runs failed: {names}; see the messages above; rerun to retry them")
+        count = f"{len(failed)} of {plural(len(runs), 'run')}"
+        raise FunnelError(f"{count} failed: {names}; see the messages above; rerun to retry them")
 
 
 def plan_runs(args: SweepArgs) -> list[PlannedRun]:
@@ -119,13 +126,15 @@ def plan_runs(args: SweepArgs) -> list[PlannedRun]:
     Raises:
         FunnelError: an argument is invalid.
     """
+    from funnel.model.config import parse_blocks
+
     _check(args)
     choices: list[list[tuple[str, ...]]] = [  # of each flag: the arguments to choose from
-        [(name, value) for value in dict.fromkeys(values)] if values else [()]
-        for name, values in (
-            ("--blocks", args.blocks),
-            ("--init", args.inits),
-            ("--lr", _distinct_numbers(args.learning_rates or ())),
+        [(name, value) for value in _distinct(values, key)] if values else [()]
+        for name, values, key in (
+            ("--blocks", args.blocks, parse_blocks),
+            ("--init", args.inits, str),
+            ("--lr", args.learning_rates, _parse_rate),
         )
     ]
     runs = []
@@ -138,13 +147,10 @@ def plan_runs(args: SweepArgs) -> list[PlannedRun]:
 
 
 def _check(args: SweepArgs) -> None:
-    from funnel.model.config import parse_blocks
     from funnel.weights.surgery import INITS
 
     if args.n_seeds < 1:
         raise FunnelError(f"invalid --seeds {args.n_seeds}: expected at least 1")
-    for blocks in args.blocks or ():
-        parse_blocks(blocks)
     for init in args.inits or ():
         if init not in INITS:
             raise FunnelError(f"invalid --init {init!r}: choose from {format_list(INITS)}")
@@ -153,15 +159,39 @@ def _check(args: SweepArgs) -> None:
             raise FunnelError(f"{argument.split('=')[0]} is set by the sweep; remove it")
 
 
-def _distinct_numbers(texts: Sequence[str]) -> list[str]:
-    """Drops duplicates such as 0.0002 after 2e-4."""
-    distinct: dict[float, str] = {}
+def _distinct(texts: Sequence[str], parse: Callable[[str], Hashable]) -> list[str]:
+    """Drops texts with the value of an earlier one: 0.0002 after 2e-4, 2x1 after 2."""
+    distinct: dict[Hashable, str] = {}
     for text in texts:
-        try:
-            distinct.setdefault(float(text), text)
-        except ValueError:
-            raise FunnelError(f"invalid --lr {text!r}: expected numbers such as 1e-5,2e-5") from None
+        distinct.setdefault(parse(text), text)
     return list(distinct.values())
+
+
+def _parse_rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise FunnelError(f"invalid --lr {text!r}: expected positive numbers such as 1e-5,2e-5")
+    return rate
+
+
+def check_runs(runs: Sequence[PlannedRun], script: Path) -> None:
+    """Parses the arguments of all runs, so that no run fails on them after hours of training.
+
+    Imports the script for its `TrainArgs`; a script without this class or a `__main__` guard checks its arguments itself.
+
+    Raises:
+        FunnelError, SystemExit: the arguments are invalid.
+    """
+    source = script.read_text(encoding="utf-8")
+    if "class TrainArgs" not in source or "__main__" not in source:
+        return
+    sys.path.insert(0, str(script.parent.resolve()))  # as when the script is run
+    options = runpy.run_path(str(script))["TrainArgs"]
+    for run in runs:
+        parse_options(options, [*run.arguments, "--out", str(run.folder)], script.name)
 
 
 def run_state(run: PlannedRun, script: Path) -> str:

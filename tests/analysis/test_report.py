@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_command, tiny_config
+from conftest import ROOT, run_command, tiny_config
 
 from funnel.analysis import figures
-from funnel.analysis.report import COLUMNS, format_mean, markdown_table, render_page, short_command, table_row
+from funnel.analysis.report import COLUMNS, format_scores, markdown_table, render_page, short_command, table_row
 from funnel.analysis.runs import find_runs, group_by_settings, read_run
 from funnel.cli.main import main
 from funnel.data.dataset import encode_examples
@@ -144,8 +144,53 @@ def test_unknown_memory_and_nonfinite_scores_are_displayed(tmp_path):
 
 
 def test_a_single_value_has_no_standard_deviation():
-    assert format_mean([50.0]) == "50.0"
-    assert format_mean([50.0, 52.0]) == "51.0 ± 1.4"
+    assert format_scores("accuracy", [0.5]) == "50.0"
+    assert format_scores("accuracy", [0.5, 0.52]) == "51.0 ± 1.4"
+
+
+def test_error_metrics_are_not_percentages():
+    assert format_scores("rmse", [2046.0, 2048.0]) == "2047 ± 1.414 (absolute)"
+
+
+def write_dev_log(run, *evaluations):
+    lines = [{"step": step, "split": "dev", **scores} for step, scores in enumerate(evaluations, 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_regression_selected_by_rmse_is_reported_in_the_units_of_its_labels(tmp_path):
+    write_run(tmp_path / "a", labels=[], metrics=["rmse", "pearson"])
+    write_dev_log(tmp_path / "a", *({"loss": x**2, "rmse": x, "pearson": 0.9} for x in (2500.0, 2046.7, 2100.0)))
+    run = read_run(tmp_path / "a")
+    summary = dict(run.summary())
+    assert summary["best dev rmse (step 2)"] == "2047"
+    assert (summary["final dev rmse"], summary["final dev pearson, %"]) == ("2100", "90.0")
+    row = dict(zip(COLUMNS, table_row([run]), strict=True))
+    assert (row["final dev score, %"], row["best dev score, %"]) == ("rmse 2100 (absolute)", "2047 (absolute)")
+    assert ">rmse<" not in figures.plot_metrics(run)
+    assert "predicted" in render_page([run])
+
+
+@pytest.mark.parametrize(("settings", "step"), [({"metrics": ["accuracy", "f1"]}, 3), ({}, 1)])
+def test_the_best_of_equal_evaluations_is_the_one_that_was_kept(settings, step, tmp_path):
+    write_run(tmp_path / "a", **settings)
+    write_dev_log(tmp_path / "a", *({"loss": loss, "accuracy": 1.0, "f1": 1.0} for loss in (0.3, 0.2, 0.1)))
+    assert read_run(tmp_path / "a").best["step"] == step
+
+
+def test_runs_of_version_0_1_can_be_reported():
+    run = read_run(ROOT / "tests/fixtures/written_by_0_1/run")
+    assert run.metrics
+    assert markdown_table([run]).count("\n") == 2
+
+
+def test_page_shows_the_scores_of_each_class(tmp_path):
+    write_run(tmp_path / "a")
+    page = render_page([read_run(tmp_path / "a")])
+    assert page.index("Classes (dev)") < page.index("<td>&lt;yes&gt;</td>")
+    evaluation = json.loads((tmp_path / "a/best/evaluation.json").read_text())
+    del evaluation["classes"]  # as older versions wrote it
+    (tmp_path / "a/best/evaluation.json").write_text(json.dumps(evaluation))
+    assert "Classes (dev)" not in render_page([read_run(tmp_path / "a")])
 
 
 def test_command_is_shown_without_folders():
@@ -291,3 +336,29 @@ def test_report_of_a_trained_run(kind, tmp_path):
     assert run.peak_memory > 1
     expected = "Most frequent confusions" if kind == "classification" else "Predictions against labels"
     assert expected in render_page([run])
+
+
+def test_an_unfinished_run_is_explained(tmp_path):
+    run = write_run(tmp_path / "run")
+    shutil.rmtree(run / "best")
+    with pytest.raises(FunnelError, match="no best checkpoint yet; wait for its first evaluation"):
+        read_run(run)
+
+
+def test_pipes_in_names_are_escaped(tmp_path):
+    run = read_run(write_run(tmp_path / "a|b", task="custom", data="x|y.csv"))
+    header, _, row = markdown_table([run]).splitlines()
+    assert r"x\|y.csv" in row
+    assert len(re.findall(r"(?<!\\)\|", row)) == header.count("|")
+
+
+def test_the_page_replaces_a_file_only_with_overwrite(runs, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    out.write_text("mine")
+    run = write_run(tmp_path / "run")
+    assert main(["report", str(run), "--out", str(out)]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert main(["report", str(run), "--out", str(run / "run.json"), "--overwrite"]) == 2
+    assert "expected the name of an .html file" in capsys.readouterr().err
+    assert main(["report", str(run), "--out", str(out), "--overwrite"]) == 0
+    assert out.read_text().startswith("<!doctype html>")

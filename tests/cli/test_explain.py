@@ -3,7 +3,7 @@
 import json
 
 from funnel.analysis.rollout import Explanation, Position
-from funnel.cli.explain import format_explanation
+from funnel.cli.explain import LEGEND, format_explanation
 from funnel.cli.main import main
 from funnel.inference import Prediction
 
@@ -24,6 +24,7 @@ def test_bars_are_proportional_to_contributions():
     explanation = Explanation(["[CLS]", "good"], [0.2, 0.8], blocks, Prediction("yes", 0.9, {"yes": 0.9, "no": 0.1}))
     assert format_explanation(explanation).splitlines() == [
         "yes (90.0%)",
+        *LEGEND.splitlines(),
         "",
         "tokens: 2 positions",
         f"   20.0% {'#' * 10:<40} [CLS]",

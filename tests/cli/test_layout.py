@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 
 from funnel.cli.main import main
 from funnel.model.config import released_config
@@ -95,11 +95,14 @@ def test_reads_configs_of_every_format_without_weights(source, layout, tmp_path,
         (("--init", "magic"), "--init 'magic'"),
         (("--keep", "none"), "--keep 'none'"),
         (("--layout-plan", "missing.json"), "missing.json"),
-        (("--plot", "no/such/folder/funnel.png"), "cannot write no/such/folder/funnel.png"),
-        (("--plot", "funnel.xyz"), "--plot funnel.xyz"),
+        (("--plot", "pyproject.toml/funnel.png"), "pyproject.toml is not a writable folder"),
+        (("--plot", "funnel.xyz"), "--plot funnel.xyz: unknown image format; expected a name in .png, .svg, .pdf"),
+        (("--plot", "runs"), "--plot runs: unknown image format"),
+        (("--layout-plan", "plan.json", "--init", "copy"), "--init has no effect with a layout plan"),
     ],
 )
-def test_invalid_values_print_one_line_and_exit_with_status_2(arguments, message, capsys):
+def test_invalid_values_print_one_line_and_exit_with_status_2(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     if "--plot" in arguments:
         pytest.importorskip("matplotlib", reason="needs the extra plot")
     assert main(["layout", *arguments]) == 2
@@ -112,3 +115,14 @@ def test_plots_the_layout(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     assert main(["layout", "--blocks", "2,2,2x2", "--plot", str(tmp_path / "funnel.png")]) == 0
     assert (tmp_path / "funnel.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_replaces_a_file_only_with_overwrite(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    path = tmp_path / "funnel.svg"
+    path.write_text("mine")
+    assert main(["layout", "--blocks", "1", "--plot", str(path)]) == 2
+    assert capsys.readouterr().out == ""
+    assert path.read_text() == "mine"
+    assert main(["layout", "--blocks", "1", "--plot", str(path), "--overwrite"]) == 0
+    assert "<svg" in path.read_text()

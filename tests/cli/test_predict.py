@@ -67,8 +67,7 @@ def test_texts_may_follow_options(classifier_folder, capsys):
     output = capsys.readouterr().out
     assert main(["predict", str(classifier_folder), "--dtype", "fp32", "a film", "good"]) == 0
     assert capsys.readouterr().out == output
-    with pytest.raises(SystemExit):
-        main(["predict", str(classifier_folder), "--dtype", "fp32", "a film", "--god"])
+    assert main(["predict", str(classifier_folder), "--dtype", "fp32", "a film", "--god"]) == 2
 
 
 def test_pair_classifier_requires_pairs(pair_run, capsys):
@@ -126,6 +125,14 @@ def test_standard_input_that_is_not_text_is_an_error(content, message, classifie
     assert f"standard input, {message}" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_neither_run_nor_checkpoint_is_described(run, tmp_path, capsys):
+    assert main(["predict", str(tmp_path), "x"]) == 2
+    assert "neither a run nor a checkpoint; choose one of the runs in it: run" in capsys.readouterr().err
+    (run / "run.json").unlink()
+    assert main(["predict", str(run), "x"]) == 2
+    assert "neither a run nor a checkpoint; it contains best" in capsys.readouterr().err
+
+
 def test_a_run_without_best_checkpoint_is_an_error(tmp_path, capsys):
     (tmp_path / "run.json").write_text("{}")
     assert main(["predict", str(tmp_path), "x"]) == 2
@@ -142,7 +149,9 @@ def test_file_predictions_use_the_training_columns(classifier_folder, tmp_path, 
     assert f"wrote 1 prediction to {run / 'predictions-new.csv'}" in capsys.readouterr().out
     rows = list(csv.reader((run / "predictions-new.csv").open()))
     expected = reference_probabilities(classifier_folder, "a good film")
-    assert [float(p) for p in rows[1][2:]] == pytest.approx(expected, abs=1e-6)
+    assert rows[0][5:] == ["review"]
+    assert rows[1][5:] == ["a good film"]
+    assert [float(p) for p in rows[1][2:5]] == pytest.approx(expected, abs=1e-6)
 
 
 def test_file_predictions_fall_back_to_the_text_column(classifier_folder, tmp_path):
@@ -174,15 +183,55 @@ def test_a_missing_text_column_is_an_error(classifier_folder, tmp_path, capsys):
     assert "other.csv: no column 'review'; choose --text-column from body" in capsys.readouterr().err
 
 
-def test_overwriting_the_input_file_is_an_error(run, tmp_path, capsys):
-    (tmp_path / "new.csv").write_text("text\nx\n")
-    assert main(["predict", str(run), "--file", str(tmp_path / "new.csv"), "--out", str(tmp_path / "new.csv")]) == 2
-    assert "would overwrite --file" in capsys.readouterr().err
-    assert (tmp_path / "new.csv").read_text() == "text\nx\n"
+def test_predictions_replace_neither_inputs_nor_other_files(run, tmp_path, capsys, monkeypatch):
+    path, other = tmp_path / "new.csv", tmp_path / "other.csv"
+    path.write_text("text\nx\n")
+    other.write_text("mine")
+    (run / "metrics.jsonl").touch()
+    monkeypatch.setattr("funnel.inference.Classifier.load", None)
+    for out in (path, tmp_path / "missing/../new.csv", run / "metrics.jsonl"):
+        assert main(["predict", str(run), "--file", str(path), "--out", str(out), "--overwrite"]) == 2
+        assert f"--out {out}: this command reads the file" in capsys.readouterr().err
+    assert main(["predict", str(run), "--file", str(path), "--out", str(other)]) == 2
+    assert "already exists; choose another name, or add --overwrite" in capsys.readouterr().err
+    assert (path.read_text(), other.read_text()) == ("text\nx\n", "mine")
+
+
+def test_out_is_replaced_with_overwrite_and_the_default_output_always(run, tmp_path):
+    for name in ("new.csv", "out.csv", "run/predictions-new.csv"):
+        (tmp_path / name).write_text("text\nx\n")
+    file = ["--file", str(tmp_path / "new.csv")]
+    assert main(["predict", str(run), *file, "--out", str(tmp_path / "out.csv"), "--overwrite"]) == 0
+    assert main(["predict", str(run), *file]) == 0
+    assert (tmp_path / "out.csv").read_text() == (run / "predictions-new.csv").read_text() != "text\nx\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        ([], {"text"}),
+        (["--keep-columns"], {"text", "id", "input label"}),
+        (["--keep-columns", "id"], {"text", "id"}),
+        (["--keep-columns", "text", "id"], {"text", "id"}),
+    ],
+)
+def test_columns_of_the_file_are_copied_to_the_predictions(options, columns, run, tmp_path):
+    (tmp_path / "new.csv").write_text("id,text,label\n07,a film,yes\n")
+    out = tmp_path / "out.jsonl"
+    assert main(["predict", str(run), "--file", str(tmp_path / "new.csv"), "--out", str(out), *options]) == 0
+    values = json.loads(out.read_text())
+    assert values.keys() - {"index", "label", "probabilities"} == columns
+    assert {"id": "07", "text": "a film", "input label": "yes"} | values == {"id": "07", "input label": "yes"} | values
+
+
+def test_an_unknown_column_to_copy_is_an_error(run, tmp_path, capsys):
+    (tmp_path / "new.csv").write_text("id,text\n7,a film\n")
+    assert main(["predict", str(run), "--file", str(tmp_path / "new.csv"), "--keep-columns", "nope"]) == 2
+    assert "new.csv: no column 'nope'; choose --keep-columns from id, text" in capsys.readouterr().err
 
 
 def test_a_malformed_file_is_an_error_and_writes_nothing(run, tmp_path, capsys):
-    (tmp_path / "blank.csv").write_text("text\nx\n\n")
+    (tmp_path / "blank.csv").write_text("text\nx\n\ny\n")
     assert main(["predict", str(run), "--file", str(tmp_path / "blank.csv")]) == 2
     assert "blank.csv, line 3: blank" in capsys.readouterr().err
     assert not list(run.glob("*predictions*"))
@@ -200,6 +249,8 @@ def test_file_names_need_not_be_utf8(run, tmp_path):
     [
         (("text", "--file", "x.csv"), "give either TEXT or --file, not both"),
         (("text", "--out", "x.csv"), "--out requires --file"),
+        (("--file", "x.csv", "--out", "x.json"), "--out x.json: unknown format"),
+        (("text", "--keep-columns"), "--keep-columns requires --file"),
         (("--text-column", "x"), "--text-column requires --file"),
         (("--file", "x.csv", "--pair", "a"), "--pair cannot be combined with --file"),
         (("text", "--pair", "a", "--pair", "b"), "--pair: got 2 for 1 text;"),

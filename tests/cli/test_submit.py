@@ -81,7 +81,7 @@ def test_an_unwritable_folder_is_detected_before_the_classifier_is_loaded(out, g
     (tmp_path / "file").touch()
     monkeypatch.setattr("funnel.inference.Classifier.load", None)
     assert main(["submit", str(run), "--data", str(glue), "--out", str(tmp_path / out)]) == 2
-    assert f"--out {tmp_path / out}: {tmp_path / 'file'} is not a writable folder" in capsys.readouterr().err
+    assert f"--out {tmp_path / out / 'SST-2.tsv'}: {tmp_path / 'file'} is not a writable folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["custom", "imdb", "demo"])
@@ -110,7 +110,24 @@ def test_a_missing_data_folder_is_an_error(tmp_path, capsys):
 def test_data_and_out_are_required(missing, tmp_path, capsys):
     options = {"--data": "x", "--out": "y"}
     del options[missing]
-    with pytest.raises(SystemExit) as end:
-        main(["submit", str(tmp_path), *(part for pair in options.items() for part in pair)])
-    assert end.value.code == 2
+    assert main(["submit", str(tmp_path), *(part for pair in options.items() for part in pair)]) == 2
     assert missing in capsys.readouterr().err
+
+
+def test_answers_replace_neither_other_files_nor_test_files(glue, tmp_path, capsys, monkeypatch):
+    run = write_run(tmp_path / "run", "mnli")
+    monkeypatch.setattr("funnel.inference.Classifier.load", None)
+    out = tmp_path / "answers/MNLI-m.tsv"
+    out.parent.mkdir()
+    out.write_text("mine")
+    assert main(["submit", str(run), "--data", str(glue), "--out", str(out.parent)]) == 2
+    assert f"--out {out}: already exists" in capsys.readouterr().err
+    assert main(["submit", str(run), "--data", str(glue), "--out", str(glue / "MNLI"), "--overwrite"]) == 2  # has AX.tsv
+    assert "AX.tsv: this command reads the file" in capsys.readouterr().err
+
+
+def test_another_tasks_folder_is_an_error(glue, tmp_path, capsys):
+    """SST-2's and CoLA's test files have the same name and columns."""
+    run = write_run(tmp_path / "run", "cola")
+    assert main(["submit", str(run), "--data", str(glue / "SST-2"), "--out", str(tmp_path / "answers")]) == 2
+    assert "the folder of SST-2, but the run was trained on CoLA" in capsys.readouterr().err

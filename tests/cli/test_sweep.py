@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from funnel.cli.main import main
-from funnel.cli.sweep import FINISHED, NEW, STARTED, PlannedRun, SweepArgs, plan_runs, run_state
+from funnel.cli.sweep import FINISHED, NEW, STARTED, PlannedRun, SweepArgs, check_runs, plan_runs, run_state
 from funnel.errors import FunnelError
 
 TRAIN = ("--script", str(ROOT / "train.py"))
@@ -41,7 +41,7 @@ def test_plans_every_combination_once_ordered_by_seed(tmp_path):
 
 def test_plans_equal_values_once(tmp_path):
     assert len(plan_runs(SweepArgs(tmp_path, learning_rates=["2e-4", "0.0002", "1e-4"]))) == 2
-    assert len(plan_runs(SweepArgs(tmp_path, blocks=["2,2", "2,2"]))) == 1
+    assert len(plan_runs(SweepArgs(tmp_path, blocks=["2,2", "2,2", "2x1,2", "2_2"]))) == 1
 
 
 def test_plans_one_run_with_default_settings(tmp_path):
@@ -54,6 +54,8 @@ def test_plans_one_run_with_default_settings(tmp_path):
         ({"blocks": ["2,x"]}, "2,x"),
         ({"inits": ["identity", "other"]}, "invalid --init 'other'"),
         ({"learning_rates": ["1e-5", "fast"]}, "invalid --lr 'fast'"),
+        ({"learning_rates": ["1e-5", "nan"]}, "invalid --lr 'nan'"),
+        ({"learning_rates": ["0"]}, "invalid --lr '0'"),
         ({"n_seeds": 0}, "invalid --seeds 0"),
         ({"train_arguments": ["--seed", "3"]}, "--seed is set by the sweep"),
         ({"train_arguments": ["--out=x"]}, "--out is set by the sweep"),
@@ -76,6 +78,28 @@ def test_a_missing_script_is_an_error(tmp_path, monkeypatch, capsys):
     assert "--script train.py: no such file" in capsys.readouterr().err
     assert main(["sweep", "--script", "my/train.py"]) == 2
     assert "--script my/train.py: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--lr", "1e-4,5000"), "--lr 5000.0: expected a number in"),
+        (("--epoch", "3"), "unrecognized arguments: --epoch 3"),
+        (("--epochs", "-1"), "invalid --epochs -1.0"),
+        (("--warmup", "fast"), "invalid float value: 'fast'"),
+        (("--out", "train.tsv"), "--out train.tsv: expected a folder for the runs, found a file"),
+    ],
+)
+def test_the_scripts_arguments_are_checked_before_the_first_run(arguments, message, folder, monkeypatch, capsys):
+    monkeypatch.setattr("funnel.cli.sweep.run_training", None)
+    assert main(["sweep", "--out", "s", *QUICK, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_scripts_check_their_arguments_themselves(tmp_path):
+    for content in ("raise AssertionError", "class TrainArgs:\n    pass\nraise AssertionError"):  # no __main__ guard
+        (tmp_path / "train.py").write_text(content)
+        check_runs([PlannedRun(tmp_path, ["--anything"])], tmp_path / "train.py")
 
 
 # --- state of a run ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,155 @@
+"""`funnel evaluate`: a trained classifier on a labeled file."""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from funnel.cli.classifier import add_classifier_arguments, load_classifier
+from funnel.cli.common import ArgumentParser, add_overwrite, align_columns, check_output, files_of_run
+from funnel.errors import FunnelError, plural
+
+if TYPE_CHECKING:
+    from funnel.inference import Classifier
+
+MAX_WIDTH = 80  # characters of a line
+MAX_LABEL_LENGTH = 24  # characters of a label in a table
+MAX_HEADING_LENGTH = 12  # characters of a label above a column of the confusion matrix
+MAX_ERRORS = 10
+
+
+def add_evaluate(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="metrics, confusions and largest errors on a labeled file",
+        description="Predicts the texts of a labeled file and prints the metrics, precision, recall and F1 of each class, the\n"
+        "confusion matrix, and the errors with the highest loss; for scores, the metrics and the largest errors.",
+    )
+    add_classifier_arguments(parser)
+    parser.add_argument("file", type=Path, metavar="FILE", help="labeled file, in any format that train.py reads")
+    parser.add_argument("--text-column", metavar="NAME", help="text column (default: as in training, else text or sentence)")
+    parser.add_argument("--text-pair-column", metavar="NAME", help="second text column (default: as in training)")
+    parser.add_argument("--label-column", metavar="NAME", help="label column (default: as in training, else label)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the results to a .json file")
+    add_overwrite(parser)
+    parser.set_defaults(work=evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Prints the evaluation and, with --out, writes it.
+
+    Raises:
+        FunnelError: the classifier cannot be loaded, the file is malformed, or has a label that the classifier lacks.
+    """
+    from funnel.io import write_json
+
+    if args.out is not None:
+        if args.out.suffix != ".json":
+            raise FunnelError(f"out {args.out}: expected the name of a .json file", "out")
+        check_output(args.out, "out", [args.file, *files_of_run(args.run)], args.overwrite)
+    with load_classifier(args) as classifier:
+        scores, errors = _evaluate_file(classifier, args)
+    print(format_evaluation(args.file.name, scores, errors))
+    if args.out is not None:
+        finite = {name: score if math.isfinite(score) else None for name, score in scores.items()}
+        write_json(args.out, {"file": str(args.file), "scores": finite, **errors})
+        print(f"\nwrote {args.out}")
+
+
+def _evaluate_file(classifier: "Classifier", args: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]]:
+    """Scores by name, and the error analysis. Metrics and label spellings are those of the run's task."""
+    from funnel.data.custom import ColumnChoice
+    from funnel.data.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, TASKS
+    from funnel.inference import run_record
+
+    settings = run_record(args.run)
+    is_regression = classifier.model.config.problem_type == "regression"
+    metrics = settings.get("metrics") or (REGRESSION_METRICS if is_regression else CLASSIFICATION_METRICS)
+    task = TASKS.get(str(settings.get("task")))
+    dev_file = task.files.get("dev") if task else None
+    label_column = run_record(args.run, "arguments").get("label_column") or getattr(dev_file, "label_column", None)
+    trained_label = label_column if isinstance(label_column, str) else ""
+    choice = ColumnChoice(args.text_column, args.text_pair_column, args.label_column, trained_label=trained_label)
+    try:
+        source = classifier.open_file(args.file, choice)
+    except FunnelError as error:
+        raise FunnelError(str(error), None if error.parameter == "file" else error.parameter) from None  # FILE is not a flag
+    print(source.description, file=sys.stderr)
+    return classifier.evaluate_file(source, metrics, task.labels if task else None)
+
+
+def format_evaluation(name: str, scores: Mapping[str, float], errors: Mapping[str, Any]) -> str:
+    """The evaluation as text, at most 80 characters wide except for long label names.
+
+    Args:
+        name: the file's.
+        errors: the result of `analyze_errors`.
+    """
+    from funnel.training.progress import format_scores
+
+    parts = [f"{name}: {plural(errors['examples'], 'example')}", format_scores(scores)]
+    sections = [", ".join(parts)]
+    if "classes" in errors:
+        sections += [_format_classes(errors["classes"]), _format_confusion(errors)]
+    sections.append(_format_errors(errors))
+    return "\n\n".join(sections)
+
+
+def _format_classes(classes: Sequence[Mapping[str, Any]]) -> str:
+    """One line per class."""
+    rows = [["class", "precision", "recall", "f1", "examples"]]
+    for scores in classes:
+        figures = [f"{scores[name]:.4f}" for name in ("precision", "recall", "f1")]
+        rows.append([_shorten(scores["label"], MAX_LABEL_LENGTH), *figures, f"{scores['examples']:,}"])
+    return align_columns(rows)
+
+
+def _format_confusion(errors: Mapping[str, Any]) -> str:
+    """The confusion matrix, or the most frequent confusions if it is too wide."""
+    from funnel.analysis.runs import top_confusions
+
+    labels, matrix = errors["labels"], errors["confusion"]
+    heading = [_shorten(label, MAX_HEADING_LENGTH) for label in labels]
+    rows = [["label \\ prediction", *heading]]
+    rows += [
+        [_shorten(label, MAX_LABEL_LENGTH), *(f"{count:,}" for count in counts)]
+        for label, counts in zip(labels, matrix, strict=True)
+    ]
+    table = align_columns(rows)
+    if max(map(len, table.splitlines())) <= MAX_WIDTH:
+        return f"confusion matrix\n{table}"
+    confusions = top_confusions(errors)
+    if not confusions:
+        return "no confusions"
+    rows = [["label", "prediction", "examples"]]
+    rows += [
+        [_shorten(label, MAX_LABEL_LENGTH), _shorten(predicted, MAX_LABEL_LENGTH), f"{n:,}"]
+        for n, label, predicted in confusions
+    ]
+    return f"most frequent confusions\n{align_columns(rows)}"
+
+
+def _format_errors(errors: Mapping[str, Any]) -> str:
+    """The examples with the largest loss."""
+    mistakes = errors["mistakes"][:MAX_ERRORS]
+    if not mistakes:
+        return "no errors"
+    lines = ["errors with the highest loss" if "classes" in errors else "largest errors"]
+    for mistake in mistakes:
+        label, predicted = mistake["label"], mistake["predicted"]
+        if "probability" in mistake:
+            of_label, of_prediction = mistake["probability"]
+            lines.append(f"label {label} ({of_label:.1%}), predicted {predicted} ({of_prediction:.1%})")
+        else:
+            lines.append(f"label {label:.7g}, predicted {predicted:.7g}")
+        lines.append("  " + (_shorten(mistake["text"], MAX_WIDTH - 2) or "(empty)"))
+    return "\n".join(lines)
+
+
+def _shorten(text: str, length: int) -> str:
+    """The text on one line, cut to a number of characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
