@@ -93,8 +93,8 @@ class Progress:
             # Random weights have learned nothing yet; pretrained ones may have been destroyed.
             rate = "higher" if self.run.settings["weights"] == "none" else "lower"
             print(
-                f"warning: the best checkpoint, of step {self.state.best['step']:,}, {warning}. "
-                f"It has not learned the task: try more epochs or a {rate} learning rate"
+                f"warning: the best checkpoint (step {self.state.best['step']:,}) {warning}. "
+                f"The model has not learned the task: try more epochs or a {rate} learning rate"
             )
 
 
@@ -106,8 +106,9 @@ def format_scores(scores: Mapping[str, float]) -> str:
 
 
 def _format_score(value: float) -> str:
-    is_usual = value == 0 or 1e-3 <= abs(value) < 10_000
-    return f"{value:.4f}" if is_usual else f"{value:.6g}"  # errors of large and small labels
+    if abs(value) >= 10_000:
+        return f"{value:.6g}"  # the squared error of large labels
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.3g}"
 
 
 def print_data(task: Task, train_set: Dataset, eval_sets: Mapping[str, Dataset]) -> None:

@@ -329,7 +329,7 @@ def test_predicting_a_single_class_prints_a_warning(weights, tmp_path, capsys):
     arguments = sst2_arguments(data, weights, "--lr", "1e-2", "--epochs", "5")
     assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
-    assert re.search("the best checkpoint, of step [1-5], predicts 'positive' for all 2 examples of dev", output)
+    assert re.search("the best checkpoint .step [1-5]. predicts 'positive' for all 2 examples of dev", output)
     assert "try more epochs or a lower learning rate" in output
 
 
