@@ -146,7 +146,7 @@ def print_banner(run: RunDir, components: TrainComponents, origin: str) -> None:
         f"learning rate {settings['lr']:g}, "
         f"{components.dtype} on {device}; writing to {run.folder}"
     )
-    if config.problem_type == "regression":
+    if (config.label_mean, config.label_std) != (0, 1):
         print(f"labels: mean {config.label_mean:.6g}, standard deviation {config.label_std:.6g}; standardized for training")
     if run.resume_note:
         print(run.resume_note)

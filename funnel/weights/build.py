@@ -20,6 +20,9 @@ from funnel.weights import surgery
 from funnel.weights.load import OpenedSource, Source, open_source, resolve
 from funnel.weights.surgery import INITS, KEEPS, LayerPlan
 
+# Labels with a small mean and a deviation near 1 are learned as they are: on STS-B (2.7 and 1.5), standardizing gave a Pearson
+# correlation of 83.0 instead of 84.0 (MiniLM, 2,2,2, one seed).
+MAX_RAW_MEAN, RAW_STDS = 3.0, (0.5, 2.0)
 MAX_RESCALING = 10  # of a regression head, in deviations; beyond it, the new labels are taken to be in another unit
 RANDOM = "none"  # the value of `weights` for random weights
 # Best of the rates tried on the demo task. The tasks' own rates are for pretrained weights and are too low to train from
@@ -88,7 +91,7 @@ class BuiltModel(NamedTuple):
         surgery.calibrate_layer_norms(self.model, self.plan, batch.input_ids, batch.attention_mask, batch.token_type_ids)
 
     def standardize_labels(self, dataset: Dataset) -> None:
-        """Sets a regression's `label_mean` and `label_std` to those of a dataset.
+        """Sets a regression's `label_mean` and `label_std` to those of a dataset, or to 0 and 1 if these are small.
 
         A trained head is rescaled, so that it predicts the same scores; if the new labels are in another unit, it keeps its
         standardized scores instead.
@@ -99,6 +102,8 @@ class BuiltModel(NamedTuple):
         mean, std = float(labels.mean(dtype=np.float64)), 1.0
         if (labels != labels[0]).any():  # else, rounding can give a tiny deviation
             std = float(labels.std(dtype=np.float64))
+        if abs(mean) <= MAX_RAW_MEAN and RAW_STDS[0] <= std <= RAW_STDS[1]:
+            mean, std = 0.0, 1.0
         scale, shift = config.label_std / std, (config.label_mean - mean) / std
         is_standardized = (config.label_mean, config.label_std) != (0, 1)  # else the outputs themselves have the labels' unit
         is_same_unit = 1 / MAX_RESCALING < scale < MAX_RESCALING and abs(shift) < MAX_RESCALING

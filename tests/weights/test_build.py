@@ -285,4 +285,12 @@ def test_constant_labels_have_the_deviation_1(tmp_path, label):
     built = build_regression(save_classifier(tmp_path / "weights"))
     built.standardize_labels(labeled(built, [label] * 7))
     assert built.model.config.label_std == 1
-    assert built.model.config.label_mean == pytest.approx(label)
+    assert built.model.config.label_mean == pytest.approx(label if label > 3 else 0)
+
+
+def test_small_labels_are_not_standardized(tmp_path):
+    built = build_regression(save_classifier(tmp_path / "weights"))
+    before = scores_of(built)
+    built.standardize_labels(labeled(built, [0, 2, 3, 5]))  # as in STS-B
+    assert (built.model.config.label_mean, built.model.config.label_std) == (0, 1)
+    assert torch.equal(scores_of(built), before)
