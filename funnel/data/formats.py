@@ -146,6 +146,8 @@ def read_column_names(path: Path, dialect: Dialect | None = None) -> list[str]:
         raise _row_error(path, 1, OLD_MAC_LINE_ENDINGS)
     if not first.strip():
         raise _row_error(path, 1, "blank line; remove it")
+    if re.fullmatch('"?sep=."?', first.strip()):
+        raise _row_error(path, 1, "the separator, for Excel; remove this line")
     if format == "jsonl":
         return list(_parse_object(first, path, 1))
     return next(read_table(path, dialect or DIALECTS[format]))[1]

@@ -162,7 +162,7 @@ class RunDir:
     def _check_settings(self, old: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
         """Raises FunnelError if the run was started with other derived settings."""
         changed = [name for name, value in derived.items() if name != "steps" and old.get(name) != value]
-        if "digests" in changed:
+        if changed and set(changed) <= {"digests", "train_examples", "dev_examples", "mean_tokens"}:
             raise FunnelError(
                 f"the data has changed since the run was started; start a new one, optionally with weights {self.folder}",
                 "weights",

@@ -335,3 +335,8 @@ def test_formatted_numbers_are_pointed_out(tmp_path):
     with pytest.raises(FunnelError, match=r"50 classes for 50 texts; labels such as '100,0 €' are read as classes"):
         load(tmp_path, [f't,"{100 + i},0 €"' for i in range(50)])
     assert load(tmp_path, ["t,a-1", "t,b-2"]).warnings == ()
+
+
+def test_a_separator_line_for_excel_is_pointed_out(tmp_path):
+    with pytest.raises(FunnelError, match=r"a.csv, line 1: the separator, for Excel; remove this line"):
+        open_text(tmp_path, "a.csv", "sep=;\ntext;label\na;b\n")
