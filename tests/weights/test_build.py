@@ -235,6 +235,15 @@ def build_regression(weights):
     return build(WeightsArgs(str(weights)), None)
 
 
+def continue_regression(labels, folder):
+    """A regression with standardized labels, and one built from it."""
+    first = build_regression(save_classifier(folder / "weights"))
+    first.standardize_labels(labeled(first, labels))
+    first.model.save_pretrained(folder / "trained")
+    first.tokenizer.save(folder / "trained")
+    return first, build_regression(folder / "trained")
+
+
 @pytest.mark.parametrize("is_random", [True, False])
 def test_a_new_regression_head_predicts_near_the_mean_of_the_labels(is_random, tmp_path):
     torch.manual_seed(0)
@@ -248,11 +257,7 @@ def test_a_new_regression_head_predicts_near_the_mean_of_the_labels(is_random, t
 
 
 def test_a_trained_regression_head_keeps_its_scores_in_other_units(tmp_path):
-    first = build_regression(save_classifier(tmp_path / "weights"))
-    first.standardize_labels(labeled(first, [1, 2, 6]))
-    first.model.save_pretrained(tmp_path / "trained")
-    first.tokenizer.save(tmp_path / "trained")
-    second = build_regression(tmp_path / "trained")
+    first, second = continue_regression([1, 2, 6], tmp_path)
     second.standardize_labels(labeled(second, [2, 4, 9, 3]))
     assert second.model.config.label_mean == 4.5
     torch.testing.assert_close(scores_of(second), scores_of(first))
@@ -262,11 +267,7 @@ def test_a_trained_regression_head_keeps_its_scores_in_other_units(tmp_path):
 
 
 def test_in_another_unit_a_trained_regression_head_keeps_its_standardized_scores(tmp_path):
-    first = build_regression(save_classifier(tmp_path / "weights"))
-    first.standardize_labels(labeled(first, [10_000, 50_000, 90_000]))
-    first.model.save_pretrained(tmp_path / "trained")
-    first.tokenizer.save(tmp_path / "trained")
-    second = build_regression(tmp_path / "trained")
+    first, second = continue_regression([10_000, 50_000, 90_000], tmp_path)
     second.standardize_labels(labeled(second, [10, 50, 90]))
     torch.testing.assert_close(scores_of(second) * 1000, scores_of(first))
 
