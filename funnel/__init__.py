@@ -23,24 +23,15 @@ if TYPE_CHECKING:
         FunnelPreTrainedModel,
     )
 
-_MODULES = {
-    "funnel.data.tokenizer": ("FunnelTokenizer",),
-    "funnel.errors": ("FunnelError",),
-    "funnel.inference": ("Classifier", "Prediction"),
-    "funnel.model.config": ("BlockSpec", "FunnelConfig"),
-    "funnel.model.heads": (
-        "FunnelBaseModel",
-        "FunnelForMaskedLM",
-        "FunnelForMultipleChoice",
-        "FunnelForPreTraining",
-        "FunnelForQuestionAnswering",
-        "FunnelForSequenceClassification",
-        "FunnelForTokenClassification",
-        "FunnelModel",
-        "FunnelPreTrainedModel",
-    ),
+_HEADS = "funnel.model.heads"
+_MODULES = {  # of the names that are not in _HEADS
+    "BlockSpec": "funnel.model.config",
+    "Classifier": "funnel.inference",
+    "FunnelConfig": "funnel.model.config",
+    "FunnelError": "funnel.errors",
+    "FunnelTokenizer": "funnel.data.tokenizer",
+    "Prediction": "funnel.inference",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BlockSpec",
@@ -62,9 +53,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module 'funnel' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    return getattr(importlib.import_module(_MODULES.get(name, _HEADS)), name)
 
 
 def __dir__() -> list[str]:

@@ -76,14 +76,14 @@ def locate_test_files(task: "Task", folder: Path) -> "Task":
         FunnelError: a test file is missing, or the folder has the name of another task, whose files may have the same names
             and columns.
     """
-    from funnel.data.tasks import TASKS
+    from funnel.data.tasks import TASKS, task_key
 
     if not os.path.isdir(folder):
         raise FunnelError(f"data {folder}: no such folder", "data")
     candidates = (folder, folder / task.title)
     first = next(iter(task.tests.values()))
     found = next((candidate for candidate in candidates if (candidate / first.path).exists()), folder)
-    other = TASKS.get(found.resolve().name.lower().replace("-", ""), task)
+    other = TASKS.get(task_key(found.resolve().name), task)
     if other.tests and other.name != task.name:
         raise FunnelError(f"data {folder}: the folder of {other.title}, but the run was trained on {task.title}", "data")
     tests = {name: source.in_folder(found) for name, source in task.tests.items()}

@@ -217,13 +217,18 @@ TASKS = {task.name: task for task in _TASKS}
 # --- from a name to files ---------------------------------------------------------------------------------------------
 
 
+def task_key(name: str) -> str:
+    """A task's name or title in the form of the keys of `TASKS`."""
+    return name.lower().replace("-", "").replace("_", "")
+
+
 def get_task(name: str) -> Task:
     """The task with this name, ignoring case, hyphens and underscores.
 
     Raises:
         FunnelError: there is no such task.
     """
-    key = name.lower().replace("-", "").replace("_", "")
+    key = task_key(name)
     if key not in TASKS:
         raise FunnelError(f"unknown task {name!r}; choose from {', '.join(TASKS)}", "task")
     return TASKS[key]
