@@ -21,7 +21,7 @@ from funnel.cli.common import run_script
 from funnel.data.dataset import Batch, Dataset, encode_examples
 from funnel.data.tasks import Task, TaskArgs, load_task
 from funnel.errors import FunnelError
-from funnel.options import option
+from funnel.options import RANDOM, option
 from funnel.training.device import DEVICES, DTYPES, autocast, choose_dtype, keep_freed_memory, peak_memory, seed_step, set_seed
 from funnel.training.distributed import Distributed, exit_process, init_distributed
 from funnel.training.divergence import NonFiniteGuard
@@ -31,7 +31,7 @@ from funnel.training.progress import Progress, print_banner, print_data
 from funnel.training.run_dir import RunDir, describe_data
 from funnel.training.signals import GracefulStop
 from funnel.training.state import TrainComponents
-from funnel.weights.build import RANDOM, RANDOM_LEARNING_RATE, BuiltModel, WeightsArgs, build_classifier
+from funnel.weights.build import RANDOM_LEARNING_RATE, BuiltModel, WeightsArgs, build_classifier
 from funnel.weights.surgery import write_plan
 
 
@@ -148,12 +148,12 @@ def train(args: TrainArgs, dist: Distributed, command: str) -> dict[str, float]:
 
     # training loop: log, evaluate and save when due, then take the next step
     batches = data(start=state.step)
-    with GracefulStop(dist) as stop, Progress(run, state, total_steps, model.config.label_std) as progress:
+    with GracefulStop(dist) as stop, Progress(run, state, model.config.label_std) as progress:
         while True:
             stopping = stop.requested()
-            log_due = state.is_due(args.log_every, total_steps) or state.is_due(eval_every, total_steps)
-            eval_due = state.is_due(eval_every, total_steps) and state.evaluated_step < state.step and not stopping
-            save_due = state.is_due(args.save_every or eval_every, total_steps) or stopping
+            log_due = state.is_due(args.log_every) or state.is_due(eval_every)
+            eval_due = state.is_due(eval_every) and state.evaluated_step < state.step and not stopping
+            save_due = state.is_due(args.save_every or eval_every) or stopping
             if log_due or save_due:
                 guard.check(state.step)  # waits for the device; ends the run if a step was not finite
             if log_due:

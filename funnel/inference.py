@@ -25,7 +25,7 @@ from funnel.data.dataset import Dataset, encode_examples
 from funnel.data.files import Example, ExampleFile
 from funnel.data.formats import file_format, is_gzipped
 from funnel.data.tasks import Task
-from funnel.data.tokenizer import FunnelTokenizer, list_of_strings
+from funnel.data.tokenizer import DEFAULT_MAX_LENGTH, FunnelTokenizer, list_of_strings
 from funnel.errors import FunnelError, format_list
 from funnel.io import atomic_write, read_json
 from funnel.model.checkpoint import CONFIG, best_checkpoint, load_checkpoint, load_weights
@@ -72,7 +72,7 @@ class InputFormat(NamedTuple):
         columns: names of the text columns; two for text pairs, none if unknown.
     """
 
-    max_length: int = 512
+    max_length: int = DEFAULT_MAX_LENGTH
     columns: tuple[str, ...] = ()
 
     @classmethod

@@ -8,6 +8,8 @@ from typing import Any
 
 from funnel.errors import FunnelError
 
+RANDOM = "none"  # the value of `weights` for random weights
+
 
 def option(
     default: Any, help: str, *, bounds: str | None = None, choices: Sequence[str] | None = None, metavar: str | None = None

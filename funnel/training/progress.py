@@ -12,6 +12,7 @@ from funnel.data.dataset import Dataset
 from funnel.data.tasks import CUSTOM, Task
 from funnel.errors import format_list, plural
 from funnel.io import read_json
+from funnel.options import RANDOM
 from funnel.training.error_analysis import EVALUATION_FILE, single_class_warning
 from funnel.training.evaluate import Evaluation
 from funnel.training.run_dir import RunDir
@@ -25,12 +26,12 @@ class Progress:
         label_std: standard deviation of a regression's labels; the training loss is shown in their units.
     """
 
-    def __init__(self, run: RunDir, state: TrainState, total_steps: int, label_std: float = 1.0) -> None:
+    def __init__(self, run: RunDir, state: TrainState, label_std: float = 1.0) -> None:
         self.run, self.state, self.label_std = run, state, label_std
         self.examples = 0
         self._started = time.perf_counter()
         disable = None if run.is_main else True  # None: no bar unless standard error is a terminal
-        self.bar = tqdm(total=total_steps, initial=state.step, unit="step", disable=disable, dynamic_ncols=True)
+        self.bar = tqdm(total=state.total_steps, initial=state.step, unit="step", disable=disable, dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -91,7 +92,7 @@ class Progress:
         warning = single_class_warning(read_json(path)) if path.is_file() else None
         if warning is not None:
             # Random weights have learned nothing yet; pretrained ones may have been destroyed.
-            rate = "higher" if self.run.settings["weights"] == "none" else "lower"
+            rate = "higher" if self.run.settings["weights"] == RANDOM else "lower"
             print(
                 f"warning: the best checkpoint (step {self.state.best['step']:,}) {warning}. "
                 f"The model has not learned the task: try more epochs or a {rate} learning rate"

@@ -39,7 +39,7 @@ from funnel.io import (
 )
 from funnel.model.checkpoint import CONFIG, TOKENIZER, Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.options import option_types
+from funnel.options import RANDOM, option_types
 from funnel.training.distributed import Distributed
 from funnel.training.error_analysis import EVALUATION_FILE, analyze_errors
 from funnel.training.state import STATE_VERSION, TrainComponents, TrainState
@@ -135,7 +135,7 @@ class RunDir:
             if args.resume:
                 record = read_record(self.folder)
                 self._check_settings(record["settings"], derived)
-                state.plan_steps(derived["steps"], args.warmup)
+                state.plan_steps(derived["steps"], args.warmup)  # here too, so that only rank 0 reports an error
                 if record["settings"]["steps"] != derived["steps"]:
                     record["settings"].update(epochs=args.epochs, steps=derived["steps"])
                     record["arguments"]["epochs"] = args.epochs
@@ -338,7 +338,7 @@ def absolute_paths(args: Any) -> dict[str, Any]:
     """Arguments for run.json, valid in any working directory."""
     values = {name: value for name, value in dataclasses.asdict(args).items() if name not in PER_PROCESS}
     for name, value in values.items():
-        is_folder = name == "weights" and value != "none" and os.path.isdir(value)  # otherwise a hub id
+        is_folder = name == "weights" and value != RANDOM and os.path.isdir(value)  # otherwise a hub id
         if isinstance(value, Path) or is_folder:
             values[name] = os.path.abspath(value)
     return values

@@ -86,9 +86,9 @@ class TrainState:
         self.total_steps, self.schedule_start = total_steps, self.step
         self.warmup = 0.0 if self.optimizer else warmup
 
-    def is_due(self, every: int, total_steps: int) -> bool:
+    def is_due(self, every: int) -> bool:
         """Whether something that happens every `every` steps, and after the last step, is due now."""
-        return self.step > 0 and (self.step % every == 0 or self.step == total_steps)
+        return self.step > 0 and (self.step % every == 0 or self.step == self.total_steps)
 
     def record_step(self, loss: Tensor) -> None:
         """Counts a step. `loss` stays on the device."""

@@ -15,7 +15,7 @@ from funnel.model.checkpoint import load_weights
 from funnel.model.config import FunnelConfig, parse_blocks
 from funnel.model.flops import check_memory
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.options import check_options, option
+from funnel.options import RANDOM, check_options, option
 from funnel.weights import surgery
 from funnel.weights.load import OpenedSource, Source, open_source, resolve
 from funnel.weights.surgery import INITS, KEEPS, LayerPlan
@@ -24,7 +24,6 @@ from funnel.weights.surgery import INITS, KEEPS, LayerPlan
 # correlation of 83.0 instead of 84.0 (MiniLM, 2,2,2, one seed).
 MAX_RAW_MEAN, RAW_STDS = 3.0, (0.5, 2.0)
 MAX_RESCALING = 10  # of a regression head, in deviations; beyond it, the new labels are taken to be in another unit
-RANDOM = "none"  # the value of `weights` for random weights
 # Best of the rates tried on the demo task. The tasks' own rates are for pretrained weights and are too low to train from
 # scratch.
 RANDOM_LEARNING_RATE = 5e-4

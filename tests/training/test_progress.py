@@ -10,7 +10,7 @@ def test_only_rank_0_reads_the_run_folder_for_the_summary(tmp_path, monkeypatch,
     run = RunDir(tmp_path)
     monkeypatch.setattr(run, "size", None)
     run.is_main = False
-    Progress(run, TrainState(), 1).print_summary()
+    Progress(run, TrainState(total_steps=1)).print_summary()
     assert capsys.readouterr().out == ""
 
 
