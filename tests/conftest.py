@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,14 @@ def tiny_config(**changes) -> FunnelConfig:
         "attention_dropout": 0.0,
     }
     return FunnelConfig(**{**values, **changes})
+
+
+# Config fields of the ways in which a model can get positions and token types. Absolute positions allow 512 tokens.
+ABSOLUTE = {"relative_attention": False, "position_embeddings": 512, "token_type_embeddings": 2}  # as in BERT
+BUCKETS = {"relative_attention": False, "position_embeddings": 514, "position_offset": 2, "distance_buckets": 32}  # MPNet
+BOTH = {"distance_buckets": 8, "position_embeddings": 512, "token_type_embeddings": 1, "embedding_size": 6}
+NONE = {"relative_attention": False}
+POSITIONS: list[dict[str, Any]] = [{}, ABSOLUTE, BUCKETS, BOTH, NONE]
 
 
 def padded_batch(lengths: list[int], width: int | None = None, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -72,15 +81,24 @@ def cache(tmp_path_factory):
     os.environ["FUNNEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+def pretrained_model(script: str, folder: Path) -> Path:
+    """Runs a script of the project's shared folder that downloads a model; skips the test if that fails."""
+    done = subprocess.run(["bash", str(shared(script)), str(folder)], capture_output=True, text=True, timeout=300)
+    if done.returncode != 0:
+        pytest.skip(f"the weights could not be downloaded: {done.stderr.strip().splitlines()[-1:]}")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def minilm(tmp_path_factory) -> Path:
     """Folder of MiniLM-L6-H384, a BERT with pretrained weights."""
-    script = shared("get_minilm.sh")
-    folder = tmp_path_factory.mktemp("minilm")
-    done = subprocess.run(["bash", str(script), str(folder)], capture_output=True, text=True, timeout=300)
-    if done.returncode != 0:
-        pytest.skip(f"MiniLM's weights could not be downloaded: {done.stderr.strip().splitlines()[-1:]}")
-    return folder
+    return pretrained_model("get_minilm.sh", tmp_path_factory.mktemp("minilm"))
+
+
+@pytest.fixture(scope="session")
+def mpnet(tmp_path_factory) -> Path:
+    """Folder of all-mpnet-base-v2, an MPNet with pretrained weights (404 MB)."""
+    return pretrained_model("get_mpnet.sh", tmp_path_factory.mktemp("mpnet"))
 
 
 CLASSES = ["no", 'yes, "really"', "a\tb"]  # names that need quoting in csv and tsv files
@@ -111,3 +129,25 @@ def reference_probabilities(folder: Path, text: str, pair: str | None = None) ->
     with torch.no_grad():
         logits = model(torch.tensor([encoding.input_ids]), None, torch.tensor([encoding.token_type_ids]))
     return logits[0].double().softmax(0).tolist()
+
+
+def count_compiled_graphs(model: torch.nn.Module, only_real_tokens: bool = False) -> int:
+    """Compiles a model, compares its outputs for several lengths with eager mode, and returns the number of graphs.
+
+    With fullgraph=True, a graph break is an error. Graphs are only traced; no kernels are generated.
+    """
+    torch._dynamo.reset()
+    graphs = []
+
+    def record(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=record, fullgraph=True, dynamic=True)
+    for length in (13, 20, 33, 64, 65, 100):
+        batch = padded_batch([length, length - 4])
+        actual, expected = compiled(*batch), model(*batch)
+        if only_real_tokens:
+            actual, expected = (logits[batch[1] == 1] for logits in (actual, expected))
+        torch.testing.assert_close(actual, expected)
+    return len(graphs)

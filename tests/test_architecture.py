@@ -103,7 +103,7 @@ def parameters_of(node: ast.FunctionDef) -> list[str]:
 
 
 # Kernels, and calls that read better with keyword arguments.
-MANY_PARAMETERS = {"forward", "attention_inputs", "from_pretrained", "option"}
+MANY_PARAMETERS = {"forward", "from_pretrained", "option"}
 
 
 @pytest.mark.parametrize("path", [*LIBRARY, "train.py", "convert_weights.py", "funnel/cli/common.py"])

@@ -1,10 +1,14 @@
-"""Relative multi-head attention (paper section A.2): content, position and token-type scores.
+"""Multi-head attention, optionally with relative positions (paper section A.2).
 
-The score of query i and key j is, with every term divided by sqrt(d_head):
+The score of query i and key j is, with the products divided by sqrt(d_head):
 
     (q_i + r_w_bias) . k_j                              content
   + (q_i + r_r_bias) . r_kernel(R(p_i - p_j))           position: R is the sines and cosines of a distance
   + (q_i + r_s_bias) . seg_embed[same segment or not]   token type
+  + distance_bias[bucket of p_i - p_j]                  a learned bias per head (arXiv 1910.10683, section 2.1)
+
+The position and token-type terms require `relative_attention`, the distance bias `distance_buckets`. Without relative
+attention, r_w_bias is the bias of q_head; with neither, this is ordinary attention (arXiv 1706.03762).
 
 The position term is computed once per distance and then read along its diagonals ("relative shift"): queries and keys are
 evenly spaced, so the score of (i, j) is at a fixed stride in a table over distances, and the shift is a view. The
@@ -19,16 +23,18 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funnel.model import pooling
 from funnel.model.attention_backends import compute_attention
-from funnel.model.attention_terms import AttentionTerms
+from funnel.model.attention_terms import AttentionTerms, RelativeTerms
 from funnel.model.config import FunnelConfig
 from funnel.model.dropout import Dropout
 from funnel.model.pooling import Positions
 
 CLS_TOKEN_TYPE = 2
+MAX_BUCKET_DISTANCE = 128  # of `distance_bucket`, in input tokens
 
 
 def sinusoids(distances: Tensor, d_model: int) -> tuple[Tensor, Tensor]:
@@ -66,45 +72,106 @@ class DistanceEncodings(nn.Module):
         return torch.cat([self.sine_dropout(sines), self.cosine_dropout(cosines)], dim=1).to(dtype)
 
 
-class AttentionInputs(NamedTuple):
-    """What a layer needs besides the hidden states; shared by the layers of a block.
+def distance_bucket(distances: Tensor, num_buckets: int) -> Tensor:
+    """The bucket of each distance, as in T5 and MPNet (arXiv 1910.10683, section 2.1).
+
+    The first half of the buckets is for keys at or before the query, the second half for keys after it. Within a half,
+    distances below a quarter of `num_buckets` have a bucket each; the larger ones share the others, at equal ratios up to
+    `MAX_BUCKET_DISTANCE`.
+
+    Args:
+        distances: in input tokens, positive where the key precedes the query; any shape.
+
+    Returns:
+        Integers from 0 to num_buckets - 1, in the shape of `distances`.
+    """
+    half, num_exact = num_buckets // 2, num_buckets // 4
+    size = distances.abs()
+    ratio = torch.log(size.clamp(min=1).float() / num_exact) / math.log(MAX_BUCKET_DISTANCE / num_exact)
+    shared = (num_exact + (ratio * (half - num_exact)).long()).clamp(max=half - 1)
+    return torch.where(size < num_exact, size, shared) + half * (distances < 0)
+
+
+class PositionContext(NamedTuple):
+    """What all layers of a forward pass share.
 
     Attributes:
-        key_mask: [b, k], true where a key is not masked.
+        encodings: [2 l + 1, d], from `DistanceEncodings`; None without relative attention.
+        distance_bias: [buckets, h], the bias of every bucket of distances; None without `distance_buckets`.
+    """
+
+    encodings: Tensor | None
+    distance_bias: Tensor | None
+
+
+class RelativeInputs(NamedTuple):
+    """What relative attention needs besides the hidden states.
+
+    Attributes:
         distances: [t, d], encodings of the distances between queries and keys, from the largest to the smallest.
         step: spacing of the queries in units of the keys' spacing: 2 in a layer that pools its query, otherwise 1.
         query_segments, key_segments: [b, q, s] and [b, k, s]. The first channel is 1; the dot product of the others is 1
             if query and key are in the same segment, else 0. All channels of a separate [CLS] are 0.
     """
 
-    key_mask: Tensor
     distances: Tensor
     step: int
     query_segments: Tensor
     key_segments: Tensor
 
 
-def attention_inputs(
-    encodings: Tensor, length: int, queries: Positions, keys: Positions, config: FunnelConfig
-) -> AttentionInputs:
+class AttentionInputs(NamedTuple):
+    """What a layer needs besides the hidden states; shared by the layers of a block.
+
+    Attributes:
+        key_mask: [b, k], true where a key is not masked.
+        distance_bias: [h, q, k]; None without `distance_buckets`.
+        relative: for the relative scores; None without relative attention.
+    """
+
+    key_mask: Tensor
+    distance_bias: Tensor | None
+    relative: RelativeInputs | None
+
+
+def attention_inputs(context: PositionContext, queries: Positions, keys: Positions, config: FunnelConfig) -> AttentionInputs:
     """Builds the inputs of a layer.
 
     Args:
-        encodings: [2 l + 1, d], from `DistanceEncodings`.
-        length: l.
+        context: of the forward pass.
         queries: positions of the queries.
         keys: positions of the keys, in the same block as the queries or in the one before.
     """
+    bias = relative = None
+    if context.distance_bias is not None:
+        bias = _distance_bias(context.distance_bias, queries, keys, config)
+    if context.encodings is not None:
+        relative = _relative_inputs(context.encodings, queries, keys, config)
+    return AttentionInputs(keys.mask, bias, relative)
+
+
+def _distance_bias(table: Tensor, queries: Positions, keys: Positions, config: FunnelConfig) -> Tensor:
+    """The bias of every pair of positions. [buckets, h] -> [h, q, k]."""
+    query, key = (
+        pooling.first_position(p.block, config) + pooling.spacing(p.block) * torch.arange(p.mask.shape[1], device=p.mask.device)
+        for p in (queries, keys)
+    )
+    buckets = distance_bucket(query.unsqueeze(1) - key, config.distance_buckets)  # [q, k]
+    return F.embedding(buckets, table).permute(2, 0, 1)
+
+
+def _relative_inputs(encodings: Tensor, queries: Positions, keys: Positions, config: FunnelConfig) -> RelativeInputs:
+    """The inputs of relative attention. encodings: [2 l + 1, d], of the distances from l to -l."""
     num_queries, num_keys = queries.mask.shape[1], keys.mask.shape[1]
     spacing = pooling.spacing(keys.block)
     step = pooling.spacing(queries.block) // spacing
     offset = pooling.first_position(queries.block, config) - pooling.first_position(keys.block, config)
     largest = offset + step * spacing * (num_queries - 1)  # distance from the last query to the first key
     distances = largest - spacing * torch.arange(num_keys + step * num_queries, device=encodings.device)  # [t]
+    length = encodings.shape[0] // 2
     # Distances are out of range only for a separate [CLS], which has no position scores, and in columns that the shift drops.
     rows = (length - distances).clamp(0, 2 * length)
-    return AttentionInputs(
-        keys.mask,
+    return RelativeInputs(
         encodings[rows],
         step,
         _segment_channels(queries, config, is_query=True).to(encodings.dtype),
@@ -113,7 +180,7 @@ def attention_inputs(
 
 
 def _segment_channels(positions: Positions, config: FunnelConfig, is_query: bool) -> Tensor:
-    """Segment channels of queries or keys (see `AttentionInputs`): one for all keys and one per token type. [b, n, 4]."""
+    """Segment channels of queries or keys (see `RelativeInputs`): one for all keys and one per token type. [b, n, 4]."""
     types = positions.token_type_ids
     channels = types.unsqueeze(2) == torch.arange(3, device=types.device)  # [b, n, 3]
     if is_query and not config.separate_cls:  # [CLS] is in the same segment as every other token
@@ -125,8 +192,8 @@ def _segment_channels(positions: Positions, config: FunnelConfig, is_query: bool
     return channels
 
 
-class RelativeMultiHeadAttention(nn.Module):
-    """Attention with relative positions, followed by projection, dropout, residual and LayerNorm.
+class FunnelAttention(nn.Module):
+    """Multi-head attention, followed by projection, dropout, residual and LayerNorm.
 
     Args of forward:
         query: [b, q, d]; also the residual.
@@ -143,23 +210,31 @@ class RelativeMultiHeadAttention(nn.Module):
         self.scale = 1 / math.sqrt(config.d_head)
         self.separate_cls = config.separate_cls
         width = config.n_head * config.d_head
-        self.q_head = nn.Linear(config.d_model, width, bias=False)  # its bias is r_w_bias
+        self.q_head = nn.Linear(config.d_model, width, bias=not config.relative_attention)  # relative: its bias is r_w_bias
         self.k_head = nn.Linear(config.d_model, width)
         self.v_head = nn.Linear(config.d_model, width)
-        self.r_w_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))
-        self.r_r_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))
-        self.r_s_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))
-        self.r_kernel = nn.Parameter(torch.empty(config.d_model, config.n_head, config.d_head))
-        self.seg_embed = nn.Parameter(torch.empty(2, config.n_head, config.d_head))  # different, same segment
+        if config.relative_attention:
+            self.r_w_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))
+            self.r_r_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))
+            self.r_s_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))
+            self.r_kernel = nn.Parameter(torch.empty(config.d_model, config.n_head, config.d_head))
+            self.seg_embed = nn.Parameter(torch.empty(2, config.n_head, config.d_head))  # different, same segment
         self.post_proj = nn.Linear(width, config.d_model)
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.attention_dropout = config.attention_dropout
         self.hidden_dropout = Dropout(config.hidden_dropout)
 
     def forward(self, query: Tensor, key_value: Tensor, inputs: AttentionInputs) -> Tensor:
-        # Every term contains the query, so scaling the query and its biases scales the scores.
+        # Every product contains the query, so scaling the query and its biases scales the scores.
         q = self._split_heads(self.q_head(query)) * self.scale  # [b, q, h, d_head]
         k, v = self._split_heads(self.k_head(key_value)), self._split_heads(self.v_head(key_value))  # [b, k, h, d_head]
+        relative = None if inputs.relative is None else self._relative_terms(q, inputs.relative)
+        terms = AttentionTerms(q, k, v, inputs.key_mask, inputs.distance_bias, relative)
+        dropout_p = self.attention_dropout if self.training else 0.0
+        context = compute_attention(terms, dropout_p).flatten(2)  # [b, q, h * d_head]
+        return self.layer_norm(query + self.hidden_dropout(self.post_proj(context)))
+
+    def _relative_terms(self, q: Tensor, inputs: RelativeInputs) -> RelativeTerms:
         r = self._split_heads(inputs.distances.to(q) @ self.r_kernel.flatten(1).to(q))  # [t, h, d_head]
         w_bias, r_bias, s_bias = ((bias * self.scale).to(q) for bias in (self.r_w_bias, self.r_r_bias, self.r_s_bias))
 
@@ -168,14 +243,7 @@ class RelativeMultiHeadAttention(nn.Module):
         num_types = inputs.query_segments.shape[2] - 1
         directions = torch.stack([different, *[same - different] * num_types], dim=1)  # [h, s, d_head]
         segments = torch.einsum("bqhc,hsc->bqhs", q + s_bias, directions) * inputs.query_segments.unsqueeze(2).to(q)
-
-        key_segments = inputs.key_segments.to(q)
-        terms = AttentionTerms(
-            q, k, v, r, w_bias, r_bias, segments, key_segments, inputs.key_mask, inputs.step, self.separate_cls
-        )
-        dropout_p = self.attention_dropout if self.training else 0.0
-        context = compute_attention(terms, dropout_p).flatten(2)  # [b, q, h * d_head]
-        return self.layer_norm(query + self.hidden_dropout(self.post_proj(context)))
+        return RelativeTerms(r, w_bias, r_bias, segments, inputs.key_segments.to(q), inputs.step, self.separate_cls)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_head, self.d_head))

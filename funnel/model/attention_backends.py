@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funnel.errors import FunnelError
-from funnel.model.attention_terms import AttentionTerms, relative_shift
+from funnel.model.attention_terms import AttentionTerms, RelativeTerms, relative_shift
 from funnel.model.dropout import dropout
 from funnel.model.tiled_attention import tiled_attention
 
@@ -28,27 +28,46 @@ def eager(terms: AttentionTerms, dropout_p: float) -> Tensor:
 
 
 def sdpa(terms: AttentionTerms, dropout_p: float) -> Tensor:
-    """Uses scaled_dot_product_attention, with the position and token-type scores as an additive mask. Returns [b, q, h, c]."""
-    bias = _relative_scores(terms).masked_fill(~terms.key_mask[:, None, None], float("-inf"))
-    query, k, v = (x.transpose(1, 2) for x in (terms.q + terms.w_bias, terms.k, terms.v))
-    context = F.scaled_dot_product_attention(query, k, v, attn_mask=bias.to(query), dropout_p=dropout_p, scale=1.0)
+    """Uses scaled_dot_product_attention; scores other than the content's are an additive mask. Returns [b, q, h, c]."""
+    q, mask = _content_queries(terms), terms.key_mask[:, None, None]  # [b, 1, 1, k]
+    bias = _additional_scores(terms)
+    if bias is not None:
+        mask = bias.to(q).masked_fill(~mask, float("-inf"))
+    query, k, v = (x.transpose(1, 2) for x in (q, terms.k, terms.v))
+    context = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, dropout_p=dropout_p, scale=1.0)
     return context.transpose(1, 2)
 
 
 def _attention_weights(terms: AttentionTerms) -> Tensor:
     """Softmax of the scores, [b, h, q, k]."""
-    content = torch.einsum("bqhc,bkhc->bhqk", terms.q + terms.w_bias, terms.k)
-    scores = content + _relative_scores(terms)
+    scores = torch.einsum("bqhc,bkhc->bhqk", _content_queries(terms), terms.k)
+    bias = _additional_scores(terms)
+    if bias is not None:
+        scores = scores + bias
     return scores.masked_fill(~terms.key_mask[:, None, None], torch.finfo(scores.dtype).min).softmax(-1)
 
 
-def _relative_scores(terms: AttentionTerms) -> Tensor:
+def _content_queries(terms: AttentionTerms) -> Tensor:
+    """Queries of the content scores, with their bias, [b, q, h, c]."""
+    return terms.q if terms.relative is None else terms.q + terms.relative.w_bias
+
+
+def _additional_scores(terms: AttentionTerms) -> Tensor | None:
+    """Relative scores and distance bias, [b or 1, h, q, k]; None if there are none."""
+    bias = None if terms.distance_bias is None else terms.distance_bias.unsqueeze(0).to(terms.q)
+    if terms.relative is None:
+        return bias
+    scores = _relative_scores(terms.q, terms.relative, terms.k.shape[1])
+    return scores if bias is None else scores + bias
+
+
+def _relative_scores(q: Tensor, relative: RelativeTerms, keys: int) -> Tensor:
     """Position and token-type scores, [b, h, q, k]."""
-    table = torch.einsum("bqhc,thc->bhqt", terms.q + terms.r_bias, terms.r)
-    position = relative_shift(table, terms.k.shape[1], terms.step)
-    if terms.separate_cls:
+    table = torch.einsum("bqhc,thc->bhqt", q + relative.r_bias, relative.r)
+    position = relative_shift(table, keys, relative.step)
+    if relative.separate_cls:
         position = F.pad(position[:, :, 1:, 1:], (1, 0, 1, 0))
-    return position + torch.einsum("bqhs,bks->bhqk", terms.segments, terms.key_segments)
+    return position + torch.einsum("bqhs,bks->bhqk", relative.segments, relative.key_segments)
 
 
 def _weighted_sum(weights: Tensor, terms: AttentionTerms, dropout_p: float) -> Tensor:

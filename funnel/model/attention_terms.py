@@ -8,32 +8,44 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class RelativeTerms(NamedTuple):
+    """The operands of the relative scores (equation in attention.py).
+
+    Attributes:
+        r: [t, h, c] with t = k + step * q: projected encodings of the distances, from the largest to the smallest.
+        w_bias, r_bias: [h, c], added to the queries for the content and the position scores, divided by sqrt(c).
+        segments: [b, q, h, s], the queries' token-type scores, one per segment channel.
+        key_segments: [b, k, s], the keys' segment channels.
+        step: spacing of the queries in units of the keys' spacing: 2 in a layer that pools its query, otherwise 1.
+        separate_cls: set row 0 and column 0 of the position scores to zero.
+    """
+
+    r: Tensor
+    w_bias: Tensor
+    r_bias: Tensor
+    segments: Tensor
+    key_segments: Tensor
+    step: int
+    separate_cls: bool
+
+
 class AttentionTerms(NamedTuple):
     """The operands of the scores (equation in attention.py) and of the weighted sum.
 
     Attributes:
         q: [b, q, h, c], queries divided by sqrt(c).
         k, v: [b, k, h, c], keys and values.
-        r: [t, h, c] with t = k + step * q: projected encodings of the distances, from the largest to the smallest.
-        w_bias, r_bias: [h, c], added to the queries for the content and the position scores, divided by sqrt(c).
-        segments: [b, q, h, s], the queries' token-type scores, one per segment channel.
-        key_segments: [b, k, s], the keys' segment channels.
         key_mask: [b, k], true where a key is not masked.
-        step: spacing of the queries in units of the keys' spacing: 2 in a layer that pools its query, otherwise 1.
-        separate_cls: set row 0 and column 0 of the position scores to zero.
+        distance_bias: [h, q, k], added to the scores; or None.
+        relative: the operands of the relative scores; or None.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    r: Tensor
-    w_bias: Tensor
-    r_bias: Tensor
-    segments: Tensor
-    key_segments: Tensor
     key_mask: Tensor
-    step: int
-    separate_cls: bool
+    distance_bias: Tensor | None = None
+    relative: RelativeTerms | None = None
 
 
 def relative_shift(table: Tensor, keys: int, step: int) -> Tensor:
@@ -44,7 +56,7 @@ def relative_shift(table: Tensor, keys: int, step: int) -> Tensor:
     Args:
         table: [..., q, t] with t = keys + step * q; column c belongs to the c-th largest distance.
         keys: k.
-        step: as in `AttentionTerms`.
+        step: as in `RelativeTerms`.
 
     Returns:
         [..., q, k].

@@ -117,7 +117,10 @@ def read_architecture(values: Mapping[str, Any]) -> str:
 def _check_size(config: FunnelConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Rejects a corrupt config before a huge model is built from it. Smaller mismatches are found name by name."""
     width, layers = config.n_head * config.d_head, sum(block.layers for block in config.blocks)
-    expected = config.vocab_size * config.d_model + layers * config.d_model * (5 * width + 2 * config.d_inner)  # matrices only
+    matrices = 5 if config.relative_attention else 4  # of attention, [d_model, width] each
+    rows = config.vocab_size + config.position_embeddings + config.token_type_embeddings
+    embeddings = rows * (config.embedding_size or config.d_model)
+    expected = embeddings + layers * config.d_model * (matrices * width + 2 * config.d_inner)
     actual = sum(tensor.numel() for tensor in weights.values())
     if expected > 2 * actual + 10**6:
         raise FunnelError(

@@ -18,6 +18,8 @@ EXPECTED_BLOCKS = "layer counts such as 4,4,4 or 6,3x2,3x2, with numbers from 1 
 MAX_LAYERS = 2_000  # limit for the whole model, to reject corrupt configs
 MAX_RUNS = 20_000  # limit for layers times repeats, to reject corrupt configs
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
+CLASSIFIER_ACTIVATIONS = ("tanh", *ACTIVATIONS)
+MODEL_TYPES = ("funnel", "bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "albert", "mpnet")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -84,6 +86,17 @@ class FunnelConfig:
         separate_cls: exclude position 0 ([CLS]) from pooling.
         truncate_seq: mask pairs that are not entirely real tokens.
         pool_q_only: in the layer that halves the sequence, pool the query only, not key and value.
+        relative_attention: add relative position and token-type scores to the attention scores (paper section A.2). Without
+            them, the model has no parameters for them, and attention is ordinary multi-head attention.
+        distance_buckets: number of distance buckets, each with a learned bias per head that is added to the attention scores,
+            shared by all layers (MPNet, T5); 0 for none.
+        position_embeddings: rows of the table of absolute position embeddings at the input; 0 for none.
+        position_offset: row of the first token's position; earlier rows are unused.
+        token_type_embeddings: rows of the table of token-type embeddings at the input; 0 for none. Token type 1 reads row 1
+            if there is one; all others, including that of [CLS], read row 0.
+        embedding_size: width of the embeddings, which are projected to `d_model`; None for `d_model` without a projection.
+        classifier_act: activation between the two linear layers of a text classifier, one of `CLASSIFIER_ACTIVATIONS`.
+        family: transformers' `model_type` of the source model, one of `MODEL_TYPES`; selects the export format.
         id2label: names of a classifier's outputs.
         problem_type: one of `PROBLEM_TYPES`.
         label_mean, label_std: of a regression's training labels. The head's outputs are multiplied by `label_std` and
@@ -112,6 +125,14 @@ class FunnelConfig:
     separate_cls: bool = True
     truncate_seq: bool = True
     pool_q_only: bool = True
+    relative_attention: bool = True
+    distance_buckets: int = 0
+    position_embeddings: int = 0
+    position_offset: int = 0
+    token_type_embeddings: int = 0
+    embedding_size: int | None = None
+    classifier_act: str = "tanh"
+    family: str = "funnel"
     id2label: dict[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
     problem_type: str = "single_label_classification"
     label_mean: float = 0.0
@@ -127,7 +148,20 @@ class FunnelConfig:
             self._check(name, _is_int(value) and 1 <= value <= MAX_SIZE, f"an integer from 1 to {MAX_SIZE:,}")
         decoder_layers = self.num_decoder_layers
         self._check("num_decoder_layers", _is_int(decoder_layers) and 0 <= decoder_layers < 1000, "an integer from 0 to 999")
-        self._check("d_model", self.d_model % 2 == 0, "an even number (half are sines, half cosines)")
+        is_even = self.d_model % 2 == 0 or not self.relative_attention
+        self._check("d_model", is_even, "an even number (half are sines, half cosines)")
+        for name in ("distance_buckets", "position_embeddings", "position_offset", "token_type_embeddings"):
+            value = getattr(self, name)
+            self._check(name, _is_int(value) and 0 <= value <= MAX_SIZE, f"an integer from 0 to {MAX_SIZE:,}")
+        buckets = self.distance_buckets
+        self._check(
+            "distance_buckets", buckets == 0 or (buckets % 2 == 0 and 4 <= buckets < 512), "0, or an even number from 4 to 510"
+        )
+        is_inside = self.position_offset < max(self.position_embeddings, 1)
+        self._check("position_offset", is_inside, f"less than position_embeddings ({self.position_embeddings})")
+        width = self.embedding_size
+        is_width = width is None or (_is_int(width) and 1 <= width <= MAX_SIZE)
+        self._check("embedding_size", is_width, f"an integer from 1 to {MAX_SIZE:,}, or null")
         for name in ("hidden_dropout", "attention_dropout", "activation_dropout"):
             value = getattr(self, name)
             self._check(name, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
@@ -139,12 +173,14 @@ class FunnelConfig:
         self._check("text_columns", isinstance(columns, (list, tuple)) and all(isinstance(c, str) for c in columns), "names")
         object.__setattr__(self, "text_columns", tuple(columns))
         self._check("layer_norm_eps", _is_number(self.layer_norm_eps) and 0 < self.layer_norm_eps < 1, "a number in (0, 1)")
-        for name in ("separate_cls", "truncate_seq", "pool_q_only"):
+        for name in ("separate_cls", "truncate_seq", "pool_q_only", "relative_attention"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         choices = {
             "pooling_type": ("mean", "max"),
             "attention_type": ("relative_shift", "factorized"),
             "hidden_act": ACTIVATIONS,
+            "classifier_act": CLASSIFIER_ACTIVATIONS,
+            "family": MODEL_TYPES,
             "problem_type": PROBLEM_TYPES,
         }
         for name, allowed in choices.items():
@@ -158,6 +194,15 @@ class FunnelConfig:
     def num_labels(self) -> int:
         """Number of classifier outputs."""
         return len(self.id2label)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest input in tokens, given by the table of absolute positions; None without one."""
+        return self.position_embeddings - self.position_offset if self.position_embeddings else None
+
+    def limit_length(self, length: int) -> int:
+        """A number of tokens, reduced to `max_positions` if necessary."""
+        return length if self.max_positions is None else min(length, self.max_positions)
 
     @property
     def layout(self) -> str:

@@ -26,7 +26,7 @@ def keep_mask(shape: tuple[int, ...], p: float, like: Tensor, generator: torch.G
         bits = words.view(torch.int16)[:size].view(shape)
     else:
         bits = torch.empty(shape, dtype=torch.int16, device=like.device).random_(-(2**15), 2**15, generator=generator)
-    keep = bits >= dropped - LEVELS // 2  # the smallest int16 is -LEVELS / 2
+    keep = bits.ge_(dropped - LEVELS // 2)  # 0 or 1; the smallest int16 is -LEVELS / 2; slower on CPUs with a boolean result
     return keep.to(like.dtype).mul_(LEVELS / (LEVELS - dropped))
 
 

@@ -9,6 +9,7 @@ a single graph, even with dynamic lengths. The task-specific classes are in head
 Shapes: b examples, l input tokens, p positions of a block, d = d_model.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -17,34 +18,61 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from funnel.model import pooling
-from funnel.model.attention import AttentionInputs, DistanceEncodings, RelativeMultiHeadAttention, attention_inputs
+from funnel.model.attention import AttentionInputs, DistanceEncodings, FunnelAttention, PositionContext, attention_inputs
 from funnel.model.config import FunnelConfig
 from funnel.model.dropout import Dropout
 from funnel.model.pooling import Positions
 
 
 def activation(name: str, x: Tensor) -> Tensor:
-    """Applies one of `config.ACTIVATIONS`."""
+    """Applies one of `config.ACTIVATIONS`, or tanh."""
     if name in ("gelu_new", "gelu"):
         return F.gelu(x, approximate="tanh" if name == "gelu_new" else "none")
-    return F.relu(x) if name == "relu" else F.silu(x)
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+    return functions[name](x)
 
 
 class FunnelEmbeddings(nn.Module):
-    """Word embeddings, LayerNorm, dropout; positions and token types enter in the attention layers. [b, l] -> [b, l, d]."""
+    """Word embeddings, LayerNorm, dropout. [b, l] -> [b, l, d].
+
+    BERT-like models add position and token-type embeddings, and some project embeddings of another width to d_model.
+
+    Args of forward:
+        input_ids, token_type_ids: [b, l].
+        mask: [b, l], true where a token is real.
+    """
 
     def __init__(self, config: FunnelConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.d_model)
-        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.config = config
+        width = config.embedding_size or config.d_model
+        self.word_embeddings = nn.Embedding(config.vocab_size, width)
+        if config.position_embeddings:
+            self.position_embeddings = nn.Embedding(config.position_embeddings, width)
+        if config.token_type_embeddings:
+            self.token_type_embeddings = nn.Embedding(config.token_type_embeddings, width)
+        self.layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout)
+        if config.embedding_size is not None:
+            self.projection = nn.Linear(width, config.d_model)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        hidden = self.layer_norm(self.word_embeddings(input_ids))
+    def forward(self, input_ids: Tensor, mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        config = self.config
+        hidden = self.word_embeddings(input_ids)
+        if config.position_embeddings:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            if torch.compiler.is_compiling():  # compiled graphs accept padding beyond the table: it reads position 0
+                positions = positions * mask
+            hidden = hidden + self.position_embeddings(positions + config.position_offset)
+        if config.token_type_embeddings:
+            is_second = (token_type_ids == 1) & (config.token_type_embeddings > 1)
+            hidden = hidden + self.token_type_embeddings(is_second.to(input_ids.dtype))
+        hidden = self.layer_norm(hidden)
         device = hidden.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))  # one dtype for all hidden states: nothing is cast twice
-        return self.dropout(hidden)
+        hidden = self.dropout(hidden)
+        return hidden if config.embedding_size is None else self.projection(hidden)
 
 
 class FunnelFeedForward(nn.Module):
@@ -74,7 +102,7 @@ class FunnelLayer(nn.Module):
     def __init__(self, config: FunnelConfig) -> None:
         super().__init__()
         self.gradient_checkpointing = False
-        self.attention = RelativeMultiHeadAttention(config)
+        self.attention = FunnelAttention(config)
         self.ffn = FunnelFeedForward(config)
 
     def forward(self, query: Tensor, key_value: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -95,8 +123,7 @@ class FunnelBlock(nn.ModuleList):
     Args of forward:
         hidden: [b, l, d], the previous block's output.
         positions: those of `hidden`.
-        encodings: [2 length + 1, d], from `DistanceEncodings`.
-        length: number of input tokens.
+        context: of the forward pass.
         cls_only: compute only position 0 in the last run.
 
     Returns:
@@ -110,7 +137,7 @@ class FunnelBlock(nn.ModuleList):
         self.repeats = config.blocks[index].repeats
 
     def forward(
-        self, hidden: Tensor, positions: Positions, encodings: Tensor, length: int, cls_only: bool
+        self, hidden: Tensor, positions: Positions, context: PositionContext, cls_only: bool
     ) -> tuple[list[Tensor], Positions]:
         query, keys = hidden, positions
         if self.pools:
@@ -126,12 +153,18 @@ class FunnelBlock(nn.ModuleList):
             if cls_only and run == len(runs) - 1:
                 query, queries, inputs = query[:, :1], positions.cls_only(), None
             if inputs is None:
-                inputs = attention_inputs(encodings, length, queries, keys, self.config)
+                inputs = attention_inputs(context, queries, keys, self.config)
             query = hidden = layer(query, hidden, inputs)
             states.append(hidden)
             if keys is not positions:  # only the first run reads the unpooled sequence
                 keys, inputs = positions, None
         return states, positions
+
+
+def position_context(hidden: Tensor, encodings: DistanceEncodings | None, distance_bias: Tensor | None) -> PositionContext:
+    """Builds the context of a forward pass, from embedded tokens [b, l, d]."""
+    distances = None if encodings is None else encodings(hidden.shape[1], hidden.dtype, hidden.device)
+    return PositionContext(distances, distance_bias)
 
 
 class FunnelEncoder(nn.Module):
@@ -150,41 +183,53 @@ class FunnelEncoder(nn.Module):
 
     def __init__(self, config: FunnelConfig) -> None:
         super().__init__()
-        self.distance_encodings = DistanceEncodings(config)
+        self.distance_encodings = DistanceEncodings(config) if config.relative_attention else None
+        self.distance_bias = nn.Embedding(config.distance_buckets, config.n_head) if config.distance_buckets else None
         self.blocks = nn.ModuleList(FunnelBlock(config, index) for index in range(len(config.blocks)))
 
     def layers(self, block: int) -> list[FunnelLayer]:
         """The layers of a block."""
         return [cast(FunnelLayer, layer) for layer in cast(FunnelBlock, self.blocks[block])]
 
+    def bias_table(self) -> Tensor | None:
+        """The bias of every bucket of distances, [buckets, h], if the config has them; the decoder uses the same one."""
+        return None if self.distance_bias is None else self.distance_bias.weight
+
     def forward(
         self, hidden: Tensor, mask: Tensor, token_type_ids: Tensor, cls_only: bool = False
     ) -> tuple[list[Tensor], Tensor]:
-        length = hidden.shape[1]
-        encodings = self.distance_encodings(length, hidden.dtype, hidden.device)
+        context = position_context(hidden, self.distance_encodings, self.bias_table())
         positions = Positions(0, mask, token_type_ids)
         states = [hidden]
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            block_states, positions = block(states[-1], positions, encodings, length, cls_only and index == last)
+            block_states, positions = block(states[-1], positions, context, cls_only and index == last)
             states += block_states
         return states, positions.mask
 
 
 class FunnelDecoder(nn.Module):
-    """Layers at full length after the upsampled encoder output. [b, l, d] -> input and each layer's output, [b, l, d] each."""
+    """Layers at full length after the upsampled encoder output.
+
+    Args of forward:
+        hidden: [b, l, d].
+        mask, token_type_ids: [b, l].
+        distance_bias: [buckets, h], the encoder's.
+
+    Returns:
+        The input and each layer's output, [b, l, d] each.
+    """
 
     def __init__(self, config: FunnelConfig) -> None:
         super().__init__()
         self.config = config
-        self.distance_encodings = DistanceEncodings(config)
+        self.distance_encodings = DistanceEncodings(config) if config.relative_attention else None
         self.layers = nn.ModuleList(FunnelLayer(config) for _ in range(config.num_decoder_layers))
 
-    def forward(self, hidden: Tensor, mask: Tensor, token_type_ids: Tensor) -> list[Tensor]:
-        length = hidden.shape[1]
-        encodings = self.distance_encodings(length, hidden.dtype, hidden.device)
+    def forward(self, hidden: Tensor, mask: Tensor, token_type_ids: Tensor, distance_bias: Tensor | None) -> list[Tensor]:
+        context = position_context(hidden, self.distance_encodings, distance_bias)
         positions = Positions(0, mask, token_type_ids)
-        inputs = attention_inputs(encodings, length, positions, positions, self.config)
+        inputs = attention_inputs(context, positions, positions, self.config)
         states = [hidden]
         for layer in self.layers:
             states.append(layer(states[-1], states[-1], inputs))

@@ -25,7 +25,7 @@ class ModuleCost(NamedTuple):
     """The cost of one part of a model.
 
     Attributes:
-        name: "embeddings", "block 0", …, "decoder", "head".
+        name: "embeddings" (with the bias of distances, which all layers share), "block 0", …, "decoder", "head".
         layers: number of layers, each with its own weights.
         runs: number of layers executed in a forward pass, repeats included.
         length: sequence length; 0 for the head.
@@ -53,7 +53,8 @@ def module_costs(config: FunnelConfig, length: int, batch_size: int = 1) -> list
     model = _meta_model(config)
     flops = _count_flops(model, length, batch_size)
     lengths = pooling.block_lengths(length, config)
-    parts = {"embeddings": ModuleCost("embeddings", 0, 0, length, 0, 0, 3 * length * config.d_model)}
+    activations = 3 * length * (config.embedding_size or config.d_model)
+    parts = {"embeddings": ModuleCost("embeddings", 0, 0, length, 0, 0, activations)}
     for index, block in enumerate(config.blocks):
         activations = _block_activations(config, index, lengths)
         parts[f"encoder.blocks.{index}"] = ModuleCost(
@@ -63,13 +64,10 @@ def module_costs(config: FunnelConfig, length: int, batch_size: int = 1) -> list
         activations = layers * _layer_activations(config, length, length)
         parts["decoder"] = ModuleCost("decoder", layers, layers, length, 0, 0, activations)
     parts["classifier"] = ModuleCost("head", 0, 0, 0, 0, 0, 4 * config.d_model)
-    return [
-        part._replace(
-            parameters=sum(parameter.numel() for parameter in model.get_submodule(name).parameters()),
-            flops=flops.get(name, 0) // batch_size,
-        )
-        for name, part in parts.items()
-    ]
+    bias_table = model.encoder.bias_table()
+    parameters = {name: sum(parameter.numel() for parameter in model.get_submodule(name).parameters()) for name in parts}
+    parameters["embeddings"] += 0 if bias_table is None else bias_table.numel()
+    return [part._replace(parameters=parameters[name], flops=flops.get(name, 0) // batch_size) for name, part in parts.items()]
 
 
 def total_flops(config: FunnelConfig, length: int, batch_size: int = 1) -> int:
@@ -114,7 +112,9 @@ def _layer_activations(config: FunnelConfig, queries: int, keys: int) -> int:
     """Elements per example that one run of a layer saves for its backward pass."""
     width = config.n_head * config.d_head
     hidden = 6 * queries * config.d_model  # inputs of both sublayers and both LayerNorms, and two dropout masks
-    heads = (3 * queries + 2 * keys) * width + 2 * queries * config.n_head * SEGMENT_CHANNELS
+    heads = (2 * queries + 2 * keys) * width
+    if config.relative_attention:
+        heads += queries * width + 2 * queries * config.n_head * SEGMENT_CHANNELS
     scores = 2 * config.n_head * queries * keys if keys <= MAX_KEYS_TO_SAVE else 0  # weights and their dropout mask
     return hidden + heads + scores + 2 * queries * config.d_inner
 

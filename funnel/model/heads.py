@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from funnel.errors import FunnelError, format_list
 from funnel.io import existing_folder
 from funnel.model import pooling
-from funnel.model.attention import RelativeMultiHeadAttention
+from funnel.model.attention import FunnelAttention
 from funnel.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, Checkpoint, best_checkpoint, load_weights, save_checkpoint
 from funnel.model.config import FunnelConfig
 from funnel.model.dropout import Dropout
@@ -74,7 +74,7 @@ class FunnelPreTrainedModel(nn.Module):
             mask, [b, p].
         """
         mask, token_types = self._prepare_inputs(input_ids, attention_mask, token_type_ids)
-        return self.encoder(self._embed(input_ids), mask, token_types, cls_only)
+        return self.encoder(self._embed(input_ids, mask, token_types), mask, token_types, cls_only)
 
     def encode_and_decode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -82,14 +82,15 @@ class FunnelPreTrainedModel(nn.Module):
         """Runs the whole body. Returns the encoder's states, then the decoder's, the last one [b, l, d].
 
         The decoder's input is the upsampled output of the encoder plus the output of block 0 (paper section 2.3,
-        equation 4).
+        equation 4). A BERT-like model of one block has nothing to upsample, so that the decoder's input is its output.
         """
         config = self.config
         mask, token_types = self._prepare_inputs(input_ids, attention_mask, token_type_ids)
-        states, last_mask = self.encoder(self._embed(input_ids), mask, token_types)
-        first_block = states[config.blocks[0].runs]  # [b, l, d]
-        upsampled = pooling.upsample(states[-1], last_mask, input_ids.shape[1], config)  # [b, l, d]
-        return states + self.decoder(upsampled + first_block, mask, token_types)
+        states, last_mask = self.encoder(self._embed(input_ids, mask, token_types), mask, token_types)
+        hidden = states[config.blocks[0].runs]  # [b, l, d], output of block 0
+        if len(config.blocks) > 1 or config.relative_attention:  # a Funnel of one block adds its output to itself
+            hidden = pooling.upsample(states[-1], last_mask, input_ids.shape[1], config) + hidden
+        return states + self.decoder(hidden, mask, token_types, self.encoder.bias_table())
 
     def _prepare_inputs(
         self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
@@ -99,6 +100,13 @@ class FunnelPreTrainedModel(nn.Module):
             raise FunnelError(
                 f"input_ids has shape {tuple(input_ids.shape)}; expected [examples, tokens] with at least one token"
             )
+        # Not when compiling: the check would limit the graph's length, and exported graphs pad beyond the table.
+        limit = None if torch.compiler.is_compiling() else self.config.max_positions
+        if limit is not None and input_ids.shape[1] > limit:
+            raise FunnelError(
+                f"input_ids has {input_ids.shape[1]} tokens per example, but the model has {limit} position embeddings; "
+                f"truncate texts to {limit} tokens"
+            )
         for name, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if tensor is not None and tensor.shape != input_ids.shape:
                 raise FunnelError(f"{name} has shape {tuple(tensor.shape)}, input_ids has {tuple(input_ids.shape)}")
@@ -106,11 +114,11 @@ class FunnelPreTrainedModel(nn.Module):
         mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
         return mask, torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def _embed(self, input_ids: Tensor, mask: Tensor, token_type_ids: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return self.embeddings(input_ids)
+            return self.embeddings(input_ids, mask, token_type_ids)
         try:
-            return self.embeddings(input_ids)
+            return self.embeddings(input_ids, mask, token_type_ids)
         except IndexError:  # raised on a CPU; checking on a GPU would have to wait for it
             size = self.config.vocab_size
             unknown = int(input_ids[(input_ids < 0) | (input_ids >= size)][0])
@@ -127,8 +135,8 @@ class FunnelPreTrainedModel(nn.Module):
     def initialize(self) -> None:
         """Initializes all weights randomly, like the original PyTorch code (ops.py).
 
-        Linear weights are normal with variance 1 / (inputs + outputs), word embeddings standard normal, the parameters of
-        relative attention uniform in [0, 0.1); biases are 0.
+        Linear weights are normal with variance 1 / (inputs + outputs), embeddings standard normal except the distance bias,
+        which is 0, and the parameters of relative attention uniform in [0, 0.1); biases are 0.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -140,9 +148,11 @@ class FunnelPreTrainedModel(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, RelativeMultiHeadAttention):
+            elif isinstance(module, FunnelAttention) and self.config.relative_attention:
                 for weight in (module.r_w_bias, module.r_r_bias, module.r_s_bias, module.r_kernel, module.seg_embed):
                     nn.init.uniform_(weight, 0, 0.1)
+        if self.encoder.distance_bias is not None:
+            nn.init.zeros_(self.encoder.distance_bias.weight)
 
     @classmethod
     def from_pretrained(
@@ -264,16 +274,17 @@ class FunnelModel(FunnelPreTrainedModel):
 
 
 class ClassificationHead(nn.Module):
-    """Linear, tanh, dropout, linear, applied to one hidden state per example. [b, d] -> [b, outputs]."""
+    """Linear, activation, dropout, linear, applied to one hidden state per example. [b, d] -> [b, outputs]."""
 
     def __init__(self, config: FunnelConfig, outputs: int) -> None:
         super().__init__()
+        self.classifier_act = config.classifier_act
         self.linear_hidden = nn.Linear(config.d_model, config.d_model)
         self.dropout = Dropout(config.hidden_dropout)
         self.linear_out = nn.Linear(config.d_model, outputs)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.linear_out(self.dropout(torch.tanh(self.linear_hidden(hidden))))
+        return self.linear_out(self.dropout(activation(self.classifier_act, self.linear_hidden(hidden))))
 
 
 class FunnelForSequenceClassification(FunnelPreTrainedModel):
@@ -316,10 +327,14 @@ class FunnelForMaskedLM(FunnelPreTrainedModel):
     has_decoder = True
 
     def build_head(self, config: FunnelConfig) -> None:
+        if config.embedding_size is not None:
+            self.lm_projection = nn.Linear(config.d_model, config.embedding_size)
         self.lm_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         hidden = self.encode_and_decode(input_ids, attention_mask, token_type_ids)[-1]
+        if self.config.embedding_size is not None:
+            hidden = self.lm_projection(hidden)
         return F.linear(hidden, self.embeddings.word_embeddings.weight, self.lm_bias)
 
 

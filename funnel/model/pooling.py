@@ -2,7 +2,7 @@
 
 Paper section 2.2. Pure functions of tensors and the config, without weights. Two guarantees:
 
-- Any length >= 1 works with any number of blocks.
+- Any length >= 1 works with any number of blocks (up to the table of absolute positions, if there is one).
 - The result for a sequence does not depend on how its batch is padded. With `truncate_seq`, a pair that is not entirely
   real tokens is masked, and so is an unpaired last token. Without `truncate_seq`, a pair is valid if either token is
   real, and pools only the real ones.

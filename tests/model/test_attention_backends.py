@@ -2,20 +2,22 @@
 
 import contextlib
 import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import padded_batch, tiny_config
+from conftest import POSITIONS, padded_batch, tiny_config
 
 from funnel.errors import FunnelError
 from funnel.model import attention_backends, tiled_attention
 from funnel.model.attention_backends import BACKENDS, attention_backend, capture_attention_weights, compute_attention, eager
-from funnel.model.attention_terms import AttentionTerms, relative_shift
+from funnel.model.attention_terms import AttentionTerms, RelativeTerms, relative_shift
 from funnel.model.heads import FunnelForSequenceClassification, FunnelForTokenClassification, FunnelModel
-from funnel.model.tiled_attention import NUM_TENSORS
+from funnel.model.tiled_attention import NUM_TENSORS, _flatten, _unflatten
 
 tiled = BACKENDS["tiled"]
-WITH_GRADIENT = 7  # the first fields of AttentionTerms
+LIMITS = [(2**19, 128), (2**19, 0), (600, 128), (600, 0), (100, 0), (10, 0)]  # of `set_limits`
 
 
 @pytest.fixture
@@ -53,55 +55,96 @@ def test_relative_shift_is_a_view():
 # --- values and gradients ---------------------------------------------------------------------------------------------
 
 
-def random_terms(b, q, k, h, c, s, step, separate_cls, dtype=torch.float64):
-    """Random terms; those with gradients come first."""
-    shapes = [(b, q, h, c), (b, k, h, c), (b, k, h, c), (k + step * q, h, c), (h, c), (h, c), (b, q, h, s)]
+class Sizes(NamedTuple):
+    """Sizes of random terms, in the notation of attention_terms.py."""
+
+    b: int
+    q: int
+    k: int
+    h: int
+    c: int
+    step: int = 1
+    separate_cls: bool = True
+
+
+TERMS = ("none", "distance bias", "relative", "relative and distance bias")  # besides the content scores
+NUM_SEGMENTS = 4
+
+
+def random_terms(sizes: Sizes, kind: str = "relative", dtype: torch.dtype = torch.float64) -> AttentionTerms:
+    """Random terms; all floating-point tensors but `key_segments` have gradients."""
+    b, q, k, h, c, step, separate_cls = sizes
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-    key_segments = torch.randint(0, 2, (b, k, s), generator=generator).to(dtype)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
+
     key_mask = torch.rand(b, k, generator=generator) > 0.3
     key_mask[:, 0] = True
-    return AttentionTerms(*tensors, key_segments, key_mask, step, separate_cls)
+    bias = random(h, q, k) if "distance bias" in kind else None
+    relative = None
+    if "relative" in kind:
+        key_segments = torch.randint(0, 2, (b, k, NUM_SEGMENTS), generator=generator).to(dtype)
+        table, segments = random(k + step * q, h, c), random(b, q, h, NUM_SEGMENTS)
+        relative = RelativeTerms(table, random(h, c), random(h, c), segments, key_segments, step, separate_cls)
+    return AttentionTerms(random(b, q, h, c), random(b, k, h, c), random(b, k, h, c), key_mask, bias, relative)
 
 
-def test_the_tensor_fields_come_first():
-    terms = random_terms(2, 3, 3, 2, 4, 4, 1, True)
-    assert [isinstance(field, torch.Tensor) for field in terms] == [True] * NUM_TENSORS + [False] * 2
-    assert [field.requires_grad for field in terms[:NUM_TENSORS]] == [True] * WITH_GRADIENT + [False] * 2
+def operands(terms: AttentionTerms) -> list[torch.Tensor]:
+    """The tensors with a gradient."""
+    return [x for x in _flatten(terms) if isinstance(x, torch.Tensor) and x.requires_grad]
+
+
+def with_operands(terms: AttentionTerms, tensors: Iterable[torch.Tensor]) -> AttentionTerms:
+    """Replaces the tensors with a gradient."""
+    replacements = iter(tensors)
+    arguments = [next(replacements) if isinstance(x, torch.Tensor) and x.requires_grad else x for x in _flatten(terms)]
+    return _unflatten(arguments)
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_flattened_terms_are_restored(kind):
+    terms = random_terms(Sizes(2, 3, 3, 2, 4), kind)
+    arguments = _flatten(terms)
+    assert not any(isinstance(argument, torch.Tensor) for argument in arguments[NUM_TENSORS:])
+    restored = _flatten(_unflatten(arguments))
+    assert all(actual is expected for actual, expected in zip(restored, arguments, strict=True))
 
 
 @pytest.mark.parametrize(
-    "sizes",  # b, q, k, h, c, s, step, separate_cls
+    "sizes",
     [
-        (3, 9, 9, 2, 4, 4, 1, True),
-        (3, 9, 9, 2, 4, 4, 1, False),
-        (2, 5, 9, 3, 4, 4, 2, True),
-        (2, 1, 9, 3, 4, 4, 1, True),
-        (1, 1, 1, 1, 2, 4, 1, True),
-        (4, 33, 65, 2, 8, 4, 2, False),
+        Sizes(3, 9, 9, 2, 4),
+        Sizes(3, 9, 9, 2, 4, separate_cls=False),
+        Sizes(2, 5, 9, 3, 4, step=2),
+        Sizes(2, 1, 9, 3, 4),
+        Sizes(1, 1, 1, 1, 2),
+        Sizes(4, 33, 65, 2, 8, step=2, separate_cls=False),
     ],
-    ids=str,
+    ids=lambda sizes: "-".join(map(str, sizes)),
 )
 @pytest.mark.parametrize("backend", ["sdpa", "tiled"])
-@pytest.mark.parametrize(("tile_size", "max_keys_to_save"), [(2**19, 128), (2**19, 0), (600, 128), (600, 0), (100, 0), (10, 0)])
-def test_all_backends_give_the_same_values_and_gradients(sizes, backend, tile_size, max_keys_to_save, set_limits):
-    set_limits(tile_size, max_keys_to_save)
-    terms = random_terms(*sizes)
+@pytest.mark.parametrize("kind", TERMS)
+def test_all_backends_give_the_same_values_and_gradients(sizes, backend, kind, set_limits):
+    terms = random_terms(sizes, kind)
     expected = eager(terms, 0.0)
-    actual = BACKENDS[backend](terms, 0.0)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     weight = torch.randn_like(expected)
-    expected_gradients = torch.autograd.grad((expected * weight).sum(), terms[:WITH_GRADIENT])
-    gradients = torch.autograd.grad((actual * weight).sum(), terms[:WITH_GRADIENT])
-    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-11)
+    expected_gradients = torch.autograd.grad((expected * weight).sum(), operands(terms))
+    for tile_size, max_keys_to_save in LIMITS if backend == "tiled" else LIMITS[:1]:
+        set_limits(tile_size, max_keys_to_save)
+        actual = BACKENDS[backend](terms, 0.0)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+        gradients = torch.autograd.grad((actual * weight).sum(), operands(terms))
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("backend", ["tiled", "sdpa"])
-def test_models_give_the_same_logits_with_all_backends(dtype, tolerance, backend):
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+def test_models_give_the_same_logits_with_all_backends(dtype, tolerance, backend, positions):
     torch.manual_seed(0)
-    model = FunnelForSequenceClassification(tiny_config(d_model=32, d_head=16)).to(dtype).eval()
+    model = FunnelForSequenceClassification(tiny_config(d_model=32, d_head=16, **positions)).to(dtype).eval()
     batch = padded_batch([5, 40, 64, 1])
     with torch.no_grad():
         with attention_backend("eager"):
@@ -136,26 +179,25 @@ def test_training_for_200_steps_gives_the_same_losses_with_the_eager_and_the_til
 
 @pytest.mark.parametrize("tile_size", [2**19, 10])
 @pytest.mark.parametrize("max_keys_to_save", [128, 0])
-def test_gradient_uses_the_dropout_mask_of_the_forward_pass(tile_size, max_keys_to_save, set_limits):
+@pytest.mark.parametrize("kind", TERMS)
+def test_gradient_uses_the_dropout_mask_of_the_forward_pass(tile_size, max_keys_to_save, kind, set_limits):
     set_limits(tile_size, max_keys_to_save)
-    terms = random_terms(2, 3, 6, 2, 3, 4, 2, False)
+    terms = random_terms(Sizes(2, 3, 6, 2, 3, step=2, separate_cls=False), kind)
 
     def attention(*tensors):
         torch.manual_seed(7)
-        return tiled(AttentionTerms(*tensors, *terms[WITH_GRADIENT:]), 0.3)
+        return tiled(with_operands(terms, tensors), 0.3)
 
-    assert torch.autograd.gradcheck(attention, terms[:WITH_GRADIENT])
+    assert torch.autograd.gradcheck(attention, operands(terms))
 
 
-def test_attention_dropout_has_the_given_rate_and_keeps_the_mean():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_dropout_has_the_given_rate_and_keeps_the_mean(backend):
     b, k, p = 64, 200, 0.25
-    terms = random_terms(b, k, k, 2, 4, 4, 1, True, torch.float32)
-    uniform = terms._replace(
-        q=0 * terms.q, segments=0 * terms.segments, w_bias=0 * terms.w_bias, r_bias=0 * terms.r_bias,
-        key_mask=torch.ones_like(terms.key_mask), v=torch.ones_like(terms.v),
-    )  # fmt: skip
+    terms = random_terms(Sizes(b, k, k, 2, 4), "none", torch.float32)
+    uniform = terms._replace(q=0 * terms.q, key_mask=torch.ones_like(terms.key_mask), v=torch.ones_like(terms.v))
     with torch.no_grad():
-        output = tiled(uniform, p)
+        output = BACKENDS[backend](uniform, p)
     # With equal weights on values of 1, each output is the mean of k mask elements, which are 0 or 1 / (1 - p).
     assert abs(output.mean().item() - 1) < 0.01
     expected_variance = p / (1 - p) / k
@@ -163,10 +205,11 @@ def test_attention_dropout_has_the_given_rate_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize("tile_size", [2**19, 3 * 32, 32])
-def test_every_head_example_and_query_has_its_own_dropout_mask(tile_size, set_limits):
+@pytest.mark.parametrize("kind", TERMS)
+def test_every_head_example_and_query_has_its_own_dropout_mask(tile_size, kind, set_limits):
     set_limits(tile_size)
     b, k, h = 3, 32, 2
-    terms = random_terms(b, k, k, h, k, 4, 1, True)
+    terms = random_terms(Sizes(b, k, k, h, k), kind)
     identity = torch.eye(k, dtype=terms.v.dtype)[None, :, None].expand(b, k, h, k)  # the output is the weights themselves
     with torch.no_grad():
         weights = tiled(terms._replace(v=identity, key_mask=torch.ones_like(terms.key_mask)), 0.5)
@@ -175,7 +218,7 @@ def test_every_head_example_and_query_has_its_own_dropout_mask(tile_size, set_li
 
 
 def test_the_seed_determines_attention_dropout():
-    terms = random_terms(2, 9, 9, 2, 4, 4, 1, True)
+    terms = random_terms(Sizes(2, 9, 9, 2, 4))
     torch.manual_seed(1)
     first = tiled(terms, 0.5)
     assert not torch.equal(tiled(terms, 0.5), first)
@@ -187,9 +230,10 @@ def test_the_seed_determines_attention_dropout():
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])
-def test_long_inputs_never_hold_all_scores_at_once(with_gradient, set_limits):
+@pytest.mark.parametrize("relative_attention", [True, False])
+def test_long_inputs_never_hold_all_scores_at_once(with_gradient, relative_attention, set_limits):
     set_limits(tile_size=4096)
-    model = FunnelModel(tiny_config(num_decoder_layers=0)).train(with_gradient)
+    model = FunnelModel(tiny_config(num_decoder_layers=0, relative_attention=relative_attention)).train(with_gradient)
     length = 700
     largest = 0
 
@@ -222,7 +266,7 @@ def test_the_backend_is_restored_after_the_context_even_after_an_error(monkeypat
     for name in BACKENDS:
         monkeypatch.setitem(BACKENDS, name, lambda terms, dropout_p, name=name: calls.append(name))
     monkeypatch.setattr(attention_backends, "tiled_attention", lambda terms, dropout_p: calls.append("default"))
-    terms = random_terms(1, 2, 2, 1, 2, 4, 1, True)
+    terms = random_terms(Sizes(1, 2, 2, 1, 2))
     with attention_backend("sdpa"):
         with contextlib.suppress(RuntimeError), attention_backend("eager"):
             compute_attention(terms, 0.0)
@@ -232,8 +276,9 @@ def test_the_backend_is_restored_after_the_context_even_after_an_error(monkeypat
     assert calls == ["eager", "sdpa", "default"]
 
 
-def test_capture_yields_the_attention_weights_of_every_run():
-    model = FunnelForSequenceClassification(tiny_config(blocks="1,1x2", n_head=2)).eval()
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+def test_capture_yields_the_attention_weights_of_every_run(positions):
+    model = FunnelForSequenceClassification(tiny_config(blocks="1,1x2", n_head=2, **positions)).eval()
     ids, mask, types = padded_batch([8, 5])
     expected = model(ids, mask, types)
     with capture_attention_weights() as weights:

@@ -95,7 +95,9 @@ def test_a_config_with_a_different_layout_is_an_error(saved):
     assert_load_fails(saved, "unexpected encoder.blocks.1.1.")
 
 
-@pytest.mark.parametrize("field", ["vocab_size", "d_model", "n_head", "d_inner"])
+@pytest.mark.parametrize(
+    "field", ["vocab_size", "d_model", "n_head", "d_inner", "position_embeddings", "token_type_embeddings"]
+)
 def test_a_config_of_a_huge_model_is_an_error_before_memory_is_allocated(saved, field):
     change_config(saved, **{field: 9_999_998})
     with pytest.raises(FunnelError, match=r"weights and config do not match: config\.json implies at least"):

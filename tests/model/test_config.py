@@ -68,6 +68,18 @@ def test_an_invalid_layout_string_is_an_error_that_quotes_it(text):
         ("id2label", {1: "a", 2: "b"}),
         ("id2label", 2),
         ("problem_type", "multi_label"),
+        ("relative_attention", 0),
+        ("distance_buckets", 2),
+        ("distance_buckets", 5),
+        ("distance_buckets", -4),
+        ("distance_buckets", 512),
+        ("position_embeddings", -1),
+        ("position_embeddings", 1.5),
+        ("position_offset", 1),
+        ("token_type_embeddings", True),
+        ("embedding_size", 0),
+        ("classifier_act", "softmax"),
+        ("family", "gpt2"),
     ],
 )
 def test_an_invalid_value_is_an_error_that_names_the_field(field, value):
@@ -94,12 +106,32 @@ def test_an_invalid_config_json_is_an_error_that_names_file_and_field(values, na
 
 
 def test_a_config_round_trips_through_json():
-    config = FunnelConfig(blocks="6,3x2", id2label={0: "no", 1: "yes", 2: "maybe"})
+    config = FunnelConfig(
+        blocks="6,3x2",
+        relative_attention=False,
+        distance_buckets=32,
+        position_embeddings=514,
+        position_offset=2,
+        token_type_embeddings=1,
+        embedding_size=128,
+        classifier_act="relu",
+        family="mpnet",
+        id2label={0: "no", 1: "yes", 2: "maybe"},
+    )
     values = json.loads(json.dumps(config.to_dict()))
     assert FunnelConfig.from_dict(values) == config
     assert (values["block_sizes"], values["block_repeats"]) == ([6, 3], [1, 2])
     assert "blocks" not in values
     assert values["label2id"] == {"no": 0, "yes": 1, "maybe": 2}
+
+
+def test_an_odd_width_is_an_error_only_with_relative_attention():
+    assert FunnelConfig(d_model=15, relative_attention=False).d_model == 15  # ("d_model", 15) is an error above
+
+
+def test_max_positions_excludes_the_rows_before_the_offset():
+    assert FunnelConfig().max_positions is None
+    assert FunnelConfig(position_embeddings=514, position_offset=2).max_positions == 512
 
 
 def test_missing_fields_of_a_config_json_get_defaults():
