@@ -38,7 +38,7 @@ class Explanation(NamedTuple):
     """Attention rollout of one prediction.
 
     Attributes:
-        tokens: of the text, with special tokens.
+        tokens: text of each token, including special tokens; it starts with a space if the token begins a word.
         contributions: share of the final [CLS] state that comes from each token; they sum to 1.
         blocks: the positions of every block's output.
         prediction: the classifier's.
@@ -90,8 +90,9 @@ def explain(classifier: Classifier, text: str, pair: str | None = None) -> Expla
         through = torch.zeros(len(pooled), dtype=torch.float64)  # the last layer computes only [CLS]
         through[: len(contributions[n_runs])] = contributions[n_runs]
         blocks.append([Position(row.nonzero()[:, 0].tolist(), float(c)) for row, c in zip(pooled, through, strict=True)])
-    tokens = [str(tokenizer.tokenizer.id_to_token(token)) for token in batch.input_ids[0].tolist()]
-    return Explanation(tokens, contributions[0].tolist(), blocks, classifier.to_prediction(logits))
+    return Explanation(
+        tokenizer.token_texts(batch.input_ids[0].tolist()), contributions[0].tolist(), blocks, classifier.to_prediction(logits)
+    )
 
 
 def compute_rollout(attention: Sequence[Tensor], mask: Tensor, config: FunnelConfig) -> AttentionRollout:

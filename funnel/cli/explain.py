@@ -56,7 +56,7 @@ def format_explanation(explanation: "Explanation") -> str:
         lines.append(f"\n{name}: {plural(len(positions), 'position')}")
         largest = max(position.contribution for position in positions)
         for position in positions:
-            text = " ".join(explanation.tokens[index] for index in position.tokens) or "(none)"
+            text = "".join(explanation.tokens[index] for index in position.tokens).strip() or "(none)"
             bar = "#" * round(BAR_WIDTH * position.contribution / largest)
             lines.append(f"  {position.contribution:6.1%} {bar:<{BAR_WIDTH}} {text}")
     return "\n".join(lines)

@@ -43,12 +43,12 @@ class TextChecks:
             starts: position of each example's first token in `ids`.
         """
         roles = self.tokenizer.ids
-        is_unknown = ids == roles["unk"]
-        is_special = np.isin(ids, [roles[role] for role in ("cls", "sep", "pad", "mask")])
+        is_unknown = ids == roles.get("unk", -1)
+        is_special = np.isin(ids, [token_id for role, token_id in roles.items() if role != "unk"])
         n_unknown, n_special, n_known = (
             np.add.reduceat(mask, starts, dtype=np.int64) for mask in (is_unknown, is_special, ~(is_unknown | is_special))
         )
-        expected = 2 if examples[0].pair is None else 3  # [CLS] text [SEP], [CLS] text [SEP] second text [SEP]
+        expected = 2 if examples[0].pair is None else 2 + self.tokenizer.separators  # [CLS], and [SEP] after each text
         for name, found in (("unknown", (n_unknown > 0) & (n_known == 0)), ("special", n_special > expected)):
             self.counts[name] += int(found.sum())
             if found.any():
@@ -57,9 +57,9 @@ class TextChecks:
     def warnings(self) -> list[str]:
         """One line for each kind of text that was found."""
         names = self.tokenizer.names
-        special = ", ".join(names[role] for role in ("cls", "sep", "pad", "mask"))
+        special = ", ".join(names[role] for role in ("cls", "sep", "pad", "mask") if role in names)
         messages = {
-            "unknown": f"of unknown words only: all tokens are {names['unk']}",
+            "unknown": f"of unknown words only: all tokens are {names.get('unk')}",
             "special": f"with a special token inside ({special}), which is encoded as that token",
         }
         return [

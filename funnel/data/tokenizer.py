@@ -1,21 +1,24 @@
-"""WordPiece tokenizer with Funnel's token types, built on the `tokenizers` library.
+"""WordPiece, BPE and Unigram tokenizers of the `tokenizers` library, with Funnel's token types.
 
-A text is encoded as [CLS] text [SEP], a pair as [CLS] text [SEP] second text [SEP]. [CLS] has token type 2, the second
-text and its [SEP] have type 1, everything else has type 0. The special tokens are named "<cls>" in the Funnel
-vocabularies on the hub and "[CLS]" in the original vocabulary and BERT's; both are recognized.
+A text is encoded as [CLS] text [SEP], a pair as [CLS] text [SEP] second text [SEP]; tokenizers like RoBERTa's put two
+separators between the texts of a pair. [CLS] has token type 2, the second text and its [SEP] have type 1 (type 0 in tokenizers
+like RoBERTa's), everything else has type 0.
 
-If a text contains the name of a special token, it is read as this token, as in transformers; `escape_special_tokens` turns
-this off.
+Special tokens are found by role, because their names differ: BERT's "[CLS]" is "<s>" in RoBERTa and "<cls>" in the Funnel
+vocabularies on the hub. If a text contains the name of a special token, it is read as this token, as in transformers;
+`escape_special_tokens` turns this off.
 """
 
+import copy
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -26,15 +29,20 @@ from funnel.data.files import is_utf8
 from funnel.errors import FunnelError, error_reason, plural
 from funnel.io import os_errors, read_json, write_json
 
-FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+FILE, CONFIG, NAMES = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 VOCABULARIES = ("vocab.txt", "vocab.uncased.txt", "vocab.cased.txt")
-SPECIAL = {  # role: known names
+CONVERTIBLE = ("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model")  # transformers converts these
+TOKENIZER_FILES = (FILE, *VOCABULARIES, *CONVERTIBLE)
+# Names by role. Vocabularies with several of them exist: MPNet's contains BERT's [CLS], [PAD] and [SEP] as ordinary words
+# besides <s>, <pad> and </s>, and its unknown token is [UNK]; Funnel's contains <s> and </s> besides <cls> and <sep>.
+SPECIAL = {
     "pad": ("<pad>", "[PAD]"),
-    "unk": ("<unk>", "[UNK]"),
-    "cls": ("<cls>", "[CLS]"),
-    "sep": ("<sep>", "[SEP]"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("<cls>", "<s>", "[CLS]"),
+    "sep": ("<sep>", "</s>", "[SEP]"),
     "mask": ("<mask>", "[MASK]"),
 }
+REQUIRED = ("pad", "cls", "sep")
 MIN_FREQUENCY = 5  # of a word in a trained vocabulary
 DEFAULT_MAX_LENGTH = 512  # tokens
 
@@ -58,33 +66,59 @@ class FunnelTokenizer:
     Args:
         tokenizer: from the `tokenizers` library; its post-processor is replaced.
         source: where it comes from, for error messages.
+        declared: names of special tokens by role, from tokenizer_config.json; the post-processor's take precedence.
 
     Attributes:
-        names, ids: name and id of each special token, by role ("pad", "unk", "cls", "sep", "mask").
+        names, ids: name and id of each special token, by role ("pad", "unk", "cls", "sep", "mask"); "unk" and "mask" are
+            absent if the tokenizer has none.
+        separators: number of separators between the texts of a pair.
+        second_type: token type of the second text: 1, or 0 in tokenizers like RoBERTa's.
 
     Raises:
-        FunnelError: the vocabulary lacks a special token.
+        FunnelError: the vocabulary lacks a special token, or the post-processor's template is not supported.
     """
 
-    def __init__(self, tokenizer: Tokenizer, source: str = "tokenizer") -> None:
+    def __init__(self, tokenizer: Tokenizer, source: str = "tokenizer", declared: Mapping[str, str] | None = None) -> None:
         self.source = source
-        self.names: dict[str, str] = {}
-        self.ids: dict[str, int] = {}
-        for role, names in SPECIAL.items():
-            ids = {name: token_id for name in names if (token_id := tokenizer.token_to_id(name)) is not None}
-            if not ids:
-                raise FunnelError(f"{source}: the vocabulary has no {' or '.join(names)}; expected a WordPiece vocabulary")
-            self.names[role], self.ids[role] = next(iter(ids.items()))
-        cls, sep = self.names["cls"], self.names["sep"]
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{cls}:2 $A:0 {sep}:0",
-            pair=f"{cls}:2 $A:0 {sep}:0 $B:1 {sep}:1",
-            special_tokens=[(cls, self.cls_id), (sep, self.ids["sep"])],
-        )
+        self.tokenizer = tokenizer
+        found, template = _read_post_processor(tokenizer, source)
+        unknown = getattr(tokenizer.model, "unk_token", None)
+        if unknown is not None:
+            found["unk"] = unknown
+        self.names = _find_names(tokenizer, {**(declared or {}), **found})
+        for role in REQUIRED:
+            if role not in self.names:
+                known = " or ".join(SPECIAL[role])
+                raise FunnelError(f"{source}: the vocabulary has no {known}; name its {role}_token in {CONFIG}")
+            if re.search(r"[\s:$]", self.names[role]):
+                raise FunnelError(f"{source}: unsupported {role}_token {self.names[role]!r}: it contains a space, ':' or '$'")
+        if unknown is not None and self.names.get("unk") != unknown:
+            raise FunnelError(f"{source}: the vocabulary has no {unknown}, which the tokenizer needs for unknown words")
+        ids = {role: tokenizer.token_to_id(name) for role, name in self.names.items()}
+        self.ids = {role: token_id for role, token_id in ids.items() if token_id is not None}
+        self.separators, self.second_type = template or ((2, 0) if self.names["cls"] == "<s>" else (1, 1))
+        tokenizer.post_processor = self._template(cls_type=2, second_type=self.second_type)
+        if tokenizer.decoder is None and isinstance(tokenizer.model, WordPiece):
+            tokenizer.decoder = decoders.WordPiece(tokenizer.model.continuing_subword_prefix)
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self.tokenizer = tokenizer
-        self._special_tokens = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+
+    def _template(self, cls_type: int, second_type: int) -> TemplateProcessing:
+        """The post-processor for the given token types.
+
+        It also records the ids of pad, unk and mask, because our checkpoints have no tokenizer_config.json.
+        """
+        cls, sep = self.names["cls"], self.names["sep"]
+        others = [role for role in ("pad", "unk", "mask") if role in self.names]
+        return TemplateProcessing(
+            single=f"{cls}:{cls_type} $A:0 {sep}:0",
+            pair=f"{cls}:{cls_type} $A:0 {f'{sep}:0 ' * self.separators}$B:{second_type} {sep}:{second_type}",
+            special_tokens=[
+                (cls, self.cls_id),
+                (sep, self.ids["sep"]),
+                *({"id": role, "ids": [self.ids[role]], "tokens": [self.names[role]]} for role in others),
+            ],
+        )
 
     @property
     def cls_id(self) -> int:
@@ -127,7 +161,16 @@ class FunnelTokenizer:
         """
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=False)  # keeps the ids of the tokens
         added = self.tokenizer.get_added_tokens_decoder().items()
-        return self._without({token_id for token_id, token in added if token.special and token.content in vocabulary})
+        special = {token_id: token.content for token_id, token in added if token.special and token.content in vocabulary}
+        escaped = self._without(special)
+        # Some models, such as Unigram, can produce any token of the vocabulary, so the name is split first.
+        visible = [name for token_id, name in special.items() if token_id in escaped.encode([name])[0].input_ids[1:-1]]
+        if visible:
+            first_characters = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in visible)
+            split = pre_tokenizers.Split(Regex(first_characters), "merged_with_previous")
+            previous = escaped.tokenizer.pre_tokenizer
+            escaped.tokenizer.pre_tokenizer = pre_tokenizers.Sequence([previous, split]) if previous else split
+        return escaped
 
     def drop_added_tokens(self, vocab_size: int) -> "FunnelTokenizer":
         """A copy without the added tokens that a model with this vocabulary size has no embedding for; `self` if none.
@@ -138,7 +181,7 @@ class FunnelTokenizer:
         added = self.tokenizer.get_added_tokens_decoder().items()
         return self._without({token_id for token_id, token in added if token_id >= vocab_size and token.content not in names})
 
-    def _without(self, added_ids: set[int]) -> "FunnelTokenizer":
+    def _without(self, added_ids: Collection[int]) -> "FunnelTokenizer":
         """A copy without the added tokens with these ids; `self` if there are none."""
         if not added_ids:
             return self
@@ -150,22 +193,32 @@ class FunnelTokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "FunnelTokenizer":
-        """Reads tokenizer.json, or builds a tokenizer from vocab.txt and tokenizer_config.json (optional).
+        """Reads tokenizer.json, or builds a WordPiece tokenizer from vocab.txt.
+
+        tokenizer_config.json and special_tokens_map.json are optional. They name special tokens and, with vocab.txt, set
+        the normalization.
 
         Raises:
             FunnelError: the files are missing or damaged.
         """
         folder = Path(folder)
         vocabulary = next((folder / name for name in VOCABULARIES if (folder / name).is_file()), None)
+        convertible = next((name for name in CONVERTIBLE if (folder / name).is_file()), None)
         if (folder / FILE).is_file():
+            declared = _declared_names(folder)
             try:
-                tokenizer = cls(Tokenizer.from_file(str(folder / FILE)), str(folder / FILE))
+                tokenizer = cls(Tokenizer.from_file(str(folder / FILE)), str(folder / FILE), declared)
             except FunnelError:
                 raise
             except Exception as error:  # the library raises plain Exception for any invalid file
                 raise FunnelError(f"{folder / FILE}: damaged tokenizer ({error_reason(error)})") from None
         elif vocabulary is not None:
             tokenizer = cls.from_vocabulary(vocabulary)
+        elif convertible is not None:
+            raise FunnelError(
+                f"{folder}: no {FILE}, and {convertible} cannot be read; create {FILE} with transformers: "
+                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            )
         else:
             raise FunnelError(f"{folder}: no tokenizer; expected {FILE} or {' or '.join(VOCABULARIES)}")
         config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
@@ -199,7 +252,7 @@ class FunnelTokenizer:
             strip_accents=config.get("strip_accents"),
             lowercase=bool(config.get("do_lower_case", path.name != "vocab.cased.txt")),
         )
-        return cls._wordpiece(tokens, normalizer, str(path))
+        return cls._wordpiece(tokens, normalizer, str(path), _declared_names(path.parent))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 8000) -> "FunnelTokenizer":
@@ -213,7 +266,7 @@ class FunnelTokenizer:
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text)))
-        special = [names[0] for names in SPECIAL.values()]
+        special = [f"<{role}>" for role in SPECIAL]
         characters = sorted({character for word in counts for character in word})
         continuations = [f"##{character}" for character in characters]
         words = sorted((word for word in counts if counts[word] >= MIN_FREQUENCY), key=lambda word: (-counts[word], word))
@@ -221,41 +274,40 @@ class FunnelTokenizer:
         return cls._wordpiece(tokens, normalizer, "vocabulary of the training texts")
 
     @classmethod
-    def _wordpiece(cls, tokens: list[str], normalizer: BertNormalizer, source: str) -> "FunnelTokenizer":
+    def _wordpiece(
+        cls, tokens: list[str], normalizer: BertNormalizer, source: str, declared: Mapping[str, str] | None = None
+    ) -> "FunnelTokenizer":
         vocabulary = {token: i for i, token in enumerate(tokens)}
-        unknown = next((name for name in SPECIAL["unk"] if name in vocabulary), SPECIAL["unk"][0])
+        names = ((declared or {}).get("unk"), *SPECIAL["unk"])
+        unknown = next((name for name in names if name in vocabulary), SPECIAL["unk"][0])
         tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100))
         tokenizer.normalizer = normalizer
         tokenizer.pre_tokenizer = BertPreTokenizer()
-        tokenizer.add_special_tokens([name for names in SPECIAL.values() for name in names if name in vocabulary])
-        return cls(tokenizer, source)
+        result = cls(tokenizer, source, declared)
+        tokenizer.add_special_tokens(list(result.names.values()))
+        return result
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json into an existing folder."""
         self.tokenizer.save(str(Path(folder) / FILE))
 
-    def save_for_transformers(self, folder: Path, max_length: int | None = None) -> None:
-        """Writes tokenizer.json, vocab.txt and a tokenizer_config.json that makes transformers encode identically.
+    def save_for_transformers(self, folder: Path, max_length: int | None = None, token_types: int = 3) -> None:
+        """Writes tokenizer.json, and a tokenizer_config.json with which transformers encodes identically.
 
         Args:
             max_length: the number of tokens to which transformers truncates texts; default: `DEFAULT_MAX_LENGTH`.
+            token_types: number of token types of the model: 3 if [CLS] has its own, as in Funnel, 2 if only the second text
+                has, as in BERT; with fewer, all tokens have type 0, and token_type_ids is not an input of the model.
         """
-        self.save(folder)
-        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
-        tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
-        (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
-        normalizer = json.loads(self.tokenizer.to_str()).get("normalizer") or {}
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.post_processor = self._template(2 if token_types > 2 else 0, self.second_type if token_types > 1 else 0)
+        tokenizer.save(str(folder / FILE))
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         config = {
-            "tokenizer_class": "FunnelTokenizer",
-            "do_lower_case": bool(normalizer.get("lowercase", True)),
-            "strip_accents": normalizer.get("strip_accents"),
-            "tokenize_chinese_chars": bool(normalizer.get("handle_chinese_chars", True)),
+            "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
             "model_max_length": max_length or DEFAULT_MAX_LENGTH,
-            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-            "split_special_tokens": not self._special_tokens,
-            # By default, transformers adds these tokens, with ids that the model has no embeddings for.
-            "bos_token": "<s>" if "<s>" in self._special_tokens else None,
-            "eos_token": "</s>" if "</s>" in self._special_tokens else None,
+            "model_input_names": ["input_ids", *(["token_type_ids"] if token_types > 1 else []), "attention_mask"],
+            "split_special_tokens": self.names["sep"] not in special,
         }
         write_json(folder / CONFIG, config | {f"{role}_token": name for role, name in self.names.items()})
 
@@ -308,7 +360,7 @@ class FunnelTokenizer:
             if len(pairs) != len(texts):
                 found = f"{plural(len(texts), 'text')} but {plural(len(pairs), 'second text')}"
                 raise FunnelError(f"{found}: pairs needs one for each text", "pairs")
-        special = 2 if pairs is None else 3
+        special = 2 if pairs is None else 2 + self.separators
         if not special < max_length < 2**31:
             message = f"invalid max_length {max_length}: expected more than the {special} special tokens, and below 2**31"
             raise FunnelError(message, "max_length")
@@ -328,24 +380,114 @@ class FunnelTokenizer:
 
         The library's own truncation keeps all parts that it cuts off, and for pairs all combinations of them.
         """
-        cls, sep = self.cls_id, self.ids["sep"]
+        cls, sep, separators = self.ids["cls"], self.ids["sep"], self.separators
         if second is None:
             ids = [cls, *first[: max_length - 2], sep]
             return Encoding(ids, [2] + [0] * (len(ids) - 1), len(first) + 2)
-        lengths = truncate_pair(len(first), len(second), max_length - 3)
-        ids = [cls, *first[: lengths[0]], sep, *second[: lengths[1]], sep]
-        return Encoding(ids, [2] + [0] * (lengths[0] + 1) + [1] * (lengths[1] + 1), len(first) + len(second) + 3)
+        special = 2 + separators
+        lengths = truncate_pair(len(first), len(second), max_length - special)
+        ids = [cls, *first[: lengths[0]], *[sep] * separators, *second[: lengths[1]], sep]
+        types = [2] + [0] * (lengths[0] + separators) + [self.second_type] * (lengths[1] + 1)
+        return Encoding(ids, types, len(first) + len(second) + special)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turns ids back into text, without special tokens; the texts of a pair are separated by " | "."""
-        texts: list[list[str]] = [[]]
+        texts: list[list[int]] = [[]]
         for token_id in ids:
             if token_id == self.ids["sep"]:
                 texts.append([])
             elif token_id not in (self.cls_id, self.pad_id):
-                texts[-1].append(self.tokenizer.id_to_token(int(token_id)) or "")
-        decoder = self.tokenizer.decoder or decoders.WordPiece()
-        return " | ".join(decoder.decode(text) for text in (texts[:-1] or texts))
+                texts[-1].append(int(token_id))
+        return " | ".join(self.tokenizer.decode(text, skip_special_tokens=False) for text in texts if text)
+
+    def token_texts(self, ids: Iterable[int]) -> list[str]:
+        """The text of each token, without markers such as "##" and "▁"; it starts with a space if the token begins a word.
+
+        Tokens that are only a part of a character are shown as "\ufffd".
+        """
+        special = {token_id: self.names[role] for role, token_id in self.ids.items()}
+        texts: list[str] = []
+        stream = None  # None at the beginning of a text
+        for token_id in map(int, ids):
+            if token_id in special:
+                texts.append(f" {special[token_id]}")
+                stream = None
+                continue
+            is_first, stream = stream is None, stream or decoders.DecodeStream(skip_special_tokens=False)
+            text = stream.step(self.tokenizer, token_id)
+            if not text:  # part of a character, or the "▁" that begins a text
+                text = "" if (self.tokenizer.id_to_token(token_id) or "").strip("▁") == "" else "\ufffd"
+            texts.append(f" {text.lstrip()}" if is_first else text)
+        return texts
+
+
+def _find_names(tokenizer: Tokenizer, given: Mapping[str, str]) -> dict[str, str]:
+    """Names of the special tokens by role: the given ones, otherwise known ones, if they are in the vocabulary."""
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    names = {}
+    for role, known in SPECIAL.items():
+        candidates = [given.get(role), *sorted(known, key=lambda name: name not in special)]
+        name = next((name for name in candidates if name is not None and tokenizer.token_to_id(name) is not None), None)
+        if name is not None:
+            names[role] = name
+    return names
+
+
+def _declared_names(folder: Path) -> dict[str, str]:
+    """Names of special tokens by role, from the files that transformers writes next to a tokenizer."""
+    names: dict[str, str] = {}
+    for path in (folder / CONFIG, folder / NAMES):
+        values = read_json(path) if path.is_file() else {}
+        for role in SPECIAL:
+            value = values.get(f"{role}_token")
+            name = value.get("content") if isinstance(value, dict) else value
+            if isinstance(name, str):
+                names.setdefault(role, name)
+    return names
+
+
+def _read_post_processor(tokenizer: Tokenizer, source: str) -> tuple[dict[str, str], tuple[int, int] | None]:
+    """What the post-processor adds: names of special tokens by role; number of separators and second token type of pairs.
+
+    Returns ({}, None) if it adds no tokens.
+    """
+    if tokenizer.post_processor is None:
+        return {}, None
+    state = json.loads(tokenizer.post_processor.__getstate__())
+    ids: dict[str, int] = {}
+    template = None
+    for step in state["processors"] if state["type"] == "Sequence" else [state]:
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            ids = {role: step[role][1] for role in ("cls", "sep")}
+            template = (1, 1) if step["type"] == "BertProcessing" else (2, 0)
+        elif step["type"] == "TemplateProcessing" and step["special_tokens"]:
+            ids, template = _parse_template(step, source)
+    names = {role: name for role, token_id in ids.items() if (name := tokenizer.id_to_token(token_id)) is not None}
+    if missing := ids.keys() - names.keys():
+        raise FunnelError(f"{source}: the post-processor adds id {ids[missing.pop()]}, which is not in the vocabulary")
+    return names, template
+
+
+def _parse_template(step: Mapping[str, Any], source: str) -> tuple[dict[str, int], tuple[int, int]]:
+    """Ids of the special tokens by role; number of separators and second token type of pairs."""
+    tokens = {name: token["ids"] for name, token in step["special_tokens"].items()}
+    single, pair = (
+        [tokens[part["SpecialToken"]["id"]] if "SpecialToken" in part else part["Sequence"]["id"] for part in step[name]]
+        for name in ("single", "pair")
+    )
+    cls, sep = single[0], single[-1]
+    for separators in (1, 2):
+        if single == [cls, "A", sep] and pair == [cls, "A", *[sep] * separators, "B", sep] and len(cls) == len(sep) == 1:
+            others = {role: tokens[role][0] for role in ("pad", "unk", "mask") if role in tokens}  # see `_template`
+            second_type = next(part["Sequence"]["type_id"] for part in step["pair"][2:] if "Sequence" in part)
+            return {"cls": cls[0], "sep": sep[0], **others}, (separators, min(second_type, 1))
+    found = ", ".join(
+        " ".join(part.get("SpecialToken", part.get("Sequence"))["id"] for part in step[name]) for name in ("single", "pair")
+    )
+    raise FunnelError(
+        f"{source}: unsupported special tokens ({found}); expected [CLS] A [SEP] for a text, and [CLS] A [SEP] B [SEP] or "
+        "[CLS] A [SEP] [SEP] B [SEP] for a pair"
+    )
 
 
 def truncate_pair(first: int, second: int, limit: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ def test_prints_tokens_and_every_block(classifier_folder, capsys):
 
 def test_bars_are_proportional_to_contributions():
     blocks = [[Position([0], 0.25), Position([1], 0.75)], [Position([0, 1], 1.0)]]
-    explanation = Explanation(["[CLS]", "good"], [0.2, 0.8], blocks, Prediction("yes", 0.9, {"yes": 0.9, "no": 0.1}))
+    explanation = Explanation([" [CLS]", " good"], [0.2, 0.8], blocks, Prediction("yes", 0.9, {"yes": 0.9, "no": 0.1}))
     assert format_explanation(explanation).splitlines() == [
         "yes (90.0%)",
         *LEGEND.splitlines(),
