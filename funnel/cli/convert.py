@@ -1,7 +1,7 @@
-"""Converts Funnel and BERT checkpoints of any supported format to this project's format, transformers' or ONNX.
+"""Converts checkpoints of Funnel and of BERT-like models to this project's format, transformers' or ONNX.
 
 funnel convert funnel-transformer/small weights/small      # from the hub
-funnel convert DIR weights/mine                            # the format is detected
+funnel convert DIR weights/mine                            # the format is detected; also BERT, RoBERTa, ELECTRA, …
 funnel convert runs/mine out --to huggingface              # for transformers' from_pretrained
 funnel convert runs/mine out --to onnx                     # one file for onnxruntime (extra: onnx)
 """
@@ -62,12 +62,12 @@ def convert(source: str, out: Path, to: str = "funnel") -> None:
         to: one of `TARGETS`.
 
     Raises:
-        FunnelError: the source cannot be read, or `out` exists or cannot be written; then nothing is written.
+        FunnelError: the source cannot be read, `out` exists or cannot be written, or the format `to` has no such model;
+            then nothing is written.
     """
     from funnel.io import atomic_folder
     from funnel.model.checkpoint import Checkpoint, save_checkpoint
-    from funnel.weights.export import write_onnx
-    from funnel.weights.huggingface import write_huggingface
+    from funnel.weights.export import max_length, write_onnx, write_transformers
     from funnel.weights.load import read_source, resolve
 
     if out.exists():
@@ -88,11 +88,13 @@ def convert(source: str, out: Path, to: str = "funnel") -> None:
     else:
         with atomic_folder(out) as target:
             if to == "huggingface":
-                write_huggingface(target, checkpoint)
+                write_transformers(target, checkpoint)
             else:
                 write_onnx(target, checkpoint)
             if tokenizer is not None and to == "huggingface":
-                tokenizer.save_for_transformers(target, loaded.config.model_max_length)
+                config = loaded.config
+                token_types = 3 if config.relative_attention else config.token_type_embeddings  # Funnel's [CLS] has a type
+                tokenizer.save_for_transformers(target, max_length(config), token_types)
             elif tokenizer is not None:
                 tokenizer.save(target)
     num_parameters = sum(tensor.numel() for tensor in loaded.weights.values())

@@ -1,8 +1,10 @@
-"""Exporting a classifier to one file that runs without this project: ONNX, or a PyTorch exported program.
+"""Exporting models: for transformers, or a classifier in one file that runs without this project, ONNX or a PyTorch exported
+program.
 
-Both take input_ids, attention_mask and token_type_ids, [b, l] int64 each, for any batch size and length, and return the
+The files take input_ids, attention_mask and token_type_ids, [b, l] int64 each, for any batch size and length, and return the
 logits. They use the eager attention backend, whose operations both formats support. Inputs are padded to a multiple of
-2**(blocks - 1) inside the graph; this does not change results (see pooling.py) and lets one graph serve all lengths.
+2**(blocks - 1) inside the graph; this does not change results (see pooling.py) and lets one graph serve all lengths. A text
+that is longer than the table of absolute positions is an error at run time.
 """
 
 import contextlib
@@ -20,7 +22,9 @@ from funnel.errors import FunnelError, error_reason
 from funnel.io import write_json
 from funnel.model import checkpoint
 from funnel.model.checkpoint import Checkpoint
+from funnel.model.config import FunnelConfig
 from funnel.model.heads import MODELS, FunnelForSequenceClassification, FunnelPreTrainedModel
+from funnel.weights import bert_family, huggingface
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 UNITS = ("label_mean", "label_std")  # config fields that the graph applies
@@ -49,12 +53,16 @@ def export_torch(model: FunnelPreTrainedModel) -> torch.export.ExportedProgram:
     Raises:
         FunnelError: the model is not a sequence classifier. Other heads have one output per token, including padding.
     """
-    if not isinstance(model, FunnelForSequenceClassification):
-        raise FunnelError(f"cannot export a {type(model).__name__}, only a FunnelForSequenceClassification")
+    _check_is_classifier(type(model).__name__)
     example = tuple(torch.ones(2, 9, dtype=torch.int64) for _ in INPUTS)  # a shared tensor would be a single input
     dynamic_shape = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1)}
     with _silence_exporter():
         return torch.export.export(PaddedModel(model.eval()), example, dynamic_shapes=(dynamic_shape,) * 3, strict=False)
+
+
+def _check_is_classifier(architecture: str) -> None:
+    if architecture != FunnelForSequenceClassification.__name__:
+        raise FunnelError(f"cannot export a {architecture}, only a {FunnelForSequenceClassification.__name__}")
 
 
 def export_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -83,6 +91,23 @@ def export_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         )
 
 
+def max_length(config: FunnelConfig) -> int:
+    """Maximum number of tokens per text: that of fine-tuning, limited by the position table."""
+    return config.limit_length(config.model_max_length or DEFAULT_MAX_LENGTH)
+
+
+def write_transformers(folder: Path, saved: Checkpoint) -> None:
+    """Writes config.json and model.safetensors for transformers' `from_pretrained` into an existing folder.
+
+    Writes Funnels in transformers' Funnel format, and BERT-like models of one block in their family's format.
+
+    Raises:
+        FunnelError: transformers has no such model.
+    """
+    write = huggingface.write_huggingface if saved.config.family == "funnel" else bert_family.write_bert
+    write(folder, saved)
+
+
 def write_onnx(folder: Path, saved: Checkpoint) -> None:
     """Writes model.onnx and config.json of a classifier into an existing folder.
 
@@ -92,13 +117,14 @@ def write_onnx(folder: Path, saved: Checkpoint) -> None:
     Raises:
         FunnelError: the checkpoint is not a sequence classifier, or the extra "onnx" is not installed.
     """
+    _check_is_classifier(saved.architecture)  # a bare model may have a pooler, which would be unexpected below
     model = MODELS[saved.architecture](saved.config)
     model.load_state_dict(saved.weights)
     export_onnx(export_torch(model), folder / "model.onnx")
     values = {
         **saved.config.to_dict(),
         "inputs": INPUTS,
-        "model_max_length": saved.config.model_max_length or DEFAULT_MAX_LENGTH,
+        "model_max_length": max_length(saved.config),
     }
     write_json(folder / checkpoint.CONFIG, {name: value for name, value in values.items() if name not in UNITS})
 

@@ -67,6 +67,15 @@ TABLE = {
     "qa_outputs.weight": "qa_outputs.weight",
     "qa_outputs.bias": "qa_outputs.bias",
 }
+# Config fields that transformers' Funnel does not have, with the values that it implies.
+NOT_IN_FUNNEL = {
+    "relative_attention": True,
+    "distance_buckets": 0,
+    "position_embeddings": 0,
+    "token_type_embeddings": 0,
+    "embedding_size": None,
+    "classifier_act": "tanh",
+}
 INVERSE_TABLE = {ours: theirs for theirs, ours in TABLE.items()}
 
 
@@ -101,7 +110,7 @@ def convert(raw: RawCheckpoint) -> ConvertedWeights:
     if architecture == "FunnelBaseModel":
         config = config.replace(num_decoder_layers=0)
     check_exact_match(weights, meta_state_dict(architecture, config), raw.folder)
-    weights = _scale_output(
+    weights = scale_output(
         Checkpoint(config, weights, architecture), 1 / config.label_std, -config.label_mean / config.label_std
     )
     return ConvertedWeights(config, weights, architecture, unused)
@@ -123,13 +132,19 @@ def write_huggingface(folder: Path, saved: Checkpoint) -> None:
 
     transformers ignores `label_mean` and `label_std`, so a regression's output layer gets the units of the labels, up to
     rounding. `convert` reverses this.
+
+    Raises:
+        FunnelError: transformers has no such model.
     """
+    for name, value in NOT_IN_FUNNEL.items():
+        if getattr(saved.config, name) != value:
+            raise not_in_transformers(saved, f"Funnel-Transformer with {name} {getattr(saved.config, name)!r}")
     is_bare = saved.architecture in ("FunnelModel", "FunnelBaseModel")
     config = saved.config
     if saved.architecture == "FunnelForQuestionAnswering":  # transformers creates as many outputs as there are labels
         config = config.replace(id2label={0: "LABEL_0", 1: "LABEL_1"})
     weights = {}
-    for name, tensor in _scale_output(saved, config.label_std, config.label_mean).items():
+    for name, tensor in scale_output(saved, config.label_std, config.label_mean).items():
         renamed = rename(name, INVERSE_TABLE)
         assert renamed is not None, f"{name} is not in the table"
         weights[PREFIX + renamed if name.startswith(BODY) and not is_bare else renamed] = tensor
@@ -137,7 +152,13 @@ def write_huggingface(folder: Path, saved: Checkpoint) -> None:
     checkpoint.save_weights(folder / "model.safetensors", weights)
 
 
-def _scale_output(model: Checkpoint, scale: float, shift: float) -> dict[str, Tensor]:
+def not_in_transformers(saved: Checkpoint, what: str) -> FunnelError:
+    """The error for a model that transformers does not have."""
+    advice = "; export it to ONNX instead" if saved.architecture == "FunnelForSequenceClassification" else ""
+    return FunnelError(f"transformers has no {what}{advice}")
+
+
+def scale_output(model: Checkpoint, scale: float, shift: float) -> dict[str, Tensor]:
     """The weights of a model; if it is a regression, its output y is replaced with y * scale + shift."""
     weights = dict(model.weights)
     if model.architecture == "FunnelForSequenceClassification" and model.config.problem_type == "regression":

@@ -21,6 +21,8 @@ from funnel.model.checkpoint import check_names, check_shape
 from funnel.model.config import BlockSpec, FunnelConfig
 from funnel.model.heads import MODELS
 
+POOLER = ("classifier.linear_hidden.weight", "classifier.linear_hidden.bias")
+
 
 @dataclass(frozen=True)
 class RawCheckpoint:
@@ -46,7 +48,7 @@ class ConvertedWeights(NamedTuple):
 
     Attributes:
         config: may contain more than the config file, such as the number of labels.
-        weights: the complete state dict of `architecture`.
+        weights: the complete state dict of `architecture`; for a bare BERT or ALBERT also the pooler.
         architecture: name of the model class, one of `MODELS`.
         unused: unused weights of the source; values are the reasons.
         initialized: weights that the source does not have; values say how they were initialized.
@@ -95,17 +97,30 @@ def rename(name: str, table: Mapping[str, str], blocks: tuple[BlockSpec, ...] = 
 
 def layer_name(index: int, blocks: tuple[BlockSpec, ...]) -> str:
     """The prefix "encoder.blocks.B.L" of a layer that is numbered consecutively across blocks."""
+    position = index
     for number, block in enumerate(blocks):
-        if index < block.layers:
-            return f"encoder.blocks.{number}.{index}"
-        index -= block.layers
-    return f"encoder.blocks.{len(blocks)}.{index}"  # does not exist; check_exact_match reports it
+        if position < block.layers:
+            return f"encoder.blocks.{number}.{position}"
+        position -= block.layers
+    return f"layer.{index}"  # does not exist; check_exact_match reports it
 
 
 def meta_state_dict(architecture: str, config: FunnelConfig) -> dict[str, Tensor]:
     """A model's state dict on the meta device: names and shapes, no memory."""
     with torch.device("meta"):
         return MODELS[architecture](config).state_dict()
+
+
+def expected_weights(architecture: str, config: FunnelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict that weights should match, on the meta device.
+
+    A bare model may have the hidden layer of a text classifier in addition: a BERT's pooler (see bert_family.py).
+    """
+    expected = meta_state_dict(architecture, config)
+    if architecture == "FunnelBaseModel" and any(name in weights for name in POOLER):
+        classifier = meta_state_dict("FunnelForSequenceClassification", config)
+        expected |= {name: classifier[name] for name in POOLER}
+    return expected
 
 
 def check_exact_match(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path) -> None:

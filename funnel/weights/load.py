@@ -18,23 +18,22 @@ from typing import Any
 
 from torch import Tensor
 
-from funnel.data.tokenizer import FunnelTokenizer
+from funnel.data.tokenizer import TOKENIZER_FILES, FunnelTokenizer
 from funnel.errors import FunnelError, error_reason
 from funnel.io import existing_folder, read_json, verify_checksums
 from funnel.model import checkpoint
 from funnel.model.config import FunnelConfig
 from funnel.model.heads import MODELS
-from funnel.weights import from_bert, from_original, huggingface
+from funnel.weights import bert_family, from_original, huggingface
 from funnel.weights.key_map import (
     ConvertedWeights,
     Format,
     RawCheckpoint,
     check_exact_match,
-    meta_state_dict,
+    expected_weights,
 )
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.uncased.txt", "vocab.cased.txt")
-HUB_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+HUB_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 HUB_WEIGHTS = (
     ("model*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
@@ -50,7 +49,8 @@ WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")  # prefixes of all names in a
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint converted from any format; its weights are the complete state dict of `architecture`.
+    """A checkpoint converted from any format; its weights are the complete state dict of `architecture`,
+    and for a bare BERT or ALBERT also the pooler.
 
     Attributes:
         format: name of the format, for messages.
@@ -74,7 +74,8 @@ class Source:
         """The tokenizer; FunnelError if there is none."""
         if self.tokenizer is None:
             raise FunnelError(
-                f"{self.folder}: no tokenizer found; copy the model's tokenizer.json or vocab.txt into the folder"
+                f"{self.folder}: no tokenizer found; copy the model's tokenizer.json or vocab.txt into the folder, or create "
+                "them with transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)"
             )
         return self.tokenizer
 
@@ -187,21 +188,22 @@ def detect_format(folder: Path) -> tuple[Format, dict[str, Any]]:
     """Returns a folder's format and the values in its config file.
 
     Raises:
-        FunnelError: the format is unknown.
+        FunnelError: the format is unknown, or the model is not supported.
     """
     path = folder / checkpoint.CONFIG
     if path.is_file():
         values = read_json(path)
         if "format" in values:
             return NATIVE, values
-        if values.get("model_type") == "funnel":
+        model_type = values.get("model_type")
+        if model_type == "funnel":
             return huggingface.FORMAT, values
-        if values.get("model_type") == "bert":
-            return from_bert.FORMAT, values
+        if isinstance(model_type, str):
+            return bert_family.find_format(model_type, path), values
     if (folder / from_original.CONFIG).is_file() or (folder / from_original.WEIGHTS).is_file():
         return from_original.FORMAT, read_json(folder / from_original.CONFIG)
     raise FunnelError(
-        f"{folder}: unknown checkpoint format; expected config.json (with model_type funnel or bert) and model.safetensors or "
+        f"{folder}: unknown checkpoint format; expected config.json (with a model_type) and model.safetensors or "
         f"pytorch_model.bin, or the original {from_original.CONFIG} and {from_original.WEIGHTS}"
         + _other_framework_hint(path.name for path in folder.iterdir())
     )
@@ -242,7 +244,7 @@ def _convert_native(raw: RawCheckpoint) -> ConvertedWeights:
         raise FunnelError(
             f"{raw.folder / checkpoint.CONFIG}: unknown architecture {architecture!r}; expected one of {', '.join(MODELS)}"
         )
-    check_exact_match(raw.tensors, meta_state_dict(architecture, raw.config), raw.folder)
+    check_exact_match(raw.tensors, expected_weights(architecture, raw.config, raw.tensors), raw.folder)
     return ConvertedWeights(raw.config, raw.tensors, architecture)
 
 

@@ -17,11 +17,12 @@ from funnel.data.dataset import encode_examples
 from funnel.data.tasks import TaskArgs, load_task
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.inference import Classifier
-from funnel.model.checkpoint import Checkpoint, read_weight_file, save_checkpoint, save_weights
+from funnel.model.checkpoint import Checkpoint, read_weight_file, save_checkpoint
 from funnel.model.config import FunnelConfig
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.run_dir import STATE, RunDir, read_arguments
 from funnel.training.state import TrainState
+from funnel.weights.bert_family import write_bert
 from funnel.weights.huggingface import write_huggingface
 from funnel.weights.load import read_source
 from funnel.weights.surgery import apply_plan, make_plan, read_plan, write_plan
@@ -29,17 +30,9 @@ from train import TrainArgs
 
 CONFIG = FunnelConfig(vocab_size=60, blocks="1,2,1", num_decoder_layers=0, d_model=8, n_head=2, d_head=4, d_inner=8)
 LARGER_CONFIG = CONFIG.replace(blocks="2,2,1,1")
-BERT_CONFIG = {
-    "model_type": "bert",
-    "vocab_size": 60,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 16,
-    "type_vocab_size": 2,
-    "hidden_act": "gelu",
-}
+BERT_CONFIG = CONFIG.replace(
+    **{"blocks": "2", "family": "bert", "relative_attention": False, "position_embeddings": 16, "token_type_embeddings": 2}
+)
 TEXTS = ["a good film, é not bad\x07!", "so\u200bbad 是 it was", ""]
 ROWS = [("a good film", "pos"), ("it was, a bad one", "neg"), ("é 是", "pos"), ("so \u2028 it goes", "neg")] * 3
 
@@ -121,29 +114,8 @@ def make_shards(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def bert_shapes() -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the weights of a BERT with `BERT_CONFIG`."""
-    modules: dict[str, tuple[int, ...]] = {}  # shape of each module's weight; its bias has the first dimension
-    for n in range(2):
-        layer = f"encoder.layer.{n}"
-        modules |= {f"{layer}.attention.self.{name}": (8, 8) for name in ("query", "key", "value")}
-        modules |= {f"{layer}.attention.output.dense": (8, 8), f"{layer}.attention.output.LayerNorm": (8,)}
-        modules |= {f"{layer}.intermediate.dense": (16, 8)}
-        modules |= {f"{layer}.output.dense": (8, 16), f"{layer}.output.LayerNorm": (8,)}
-    modules["embeddings.LayerNorm"] = (8,)
-    embeddings = {"word_embeddings": (60, 8), "position_embeddings": (16, 8), "token_type_embeddings": (2, 8)}
-    return {
-        **{f"embeddings.{name}.weight": shape for name, shape in embeddings.items()},
-        **{f"{name}.weight": shape for name, shape in modules.items()},
-        **{f"{name}.bias": shape[:1] for name, shape in modules.items()},
-    }
-
-
 def make_bert(folder: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=generator) for name, shape in bert_shapes().items()}
-    save_weights(folder / "model.safetensors", weights)
-    (folder / "config.json").write_text(json.dumps(BERT_CONFIG))
+    write_bert(folder, Checkpoint(BERT_CONFIG, make_model(BERT_CONFIG).state_dict(), "FunnelForSequenceClassification"))
     make_vocabulary(folder)
 
 
@@ -162,6 +134,10 @@ def make_original(folder: Path) -> None:
 def make_vocabulary(folder: Path) -> None:
     vocabulary = make_tokenizer().tokenizer.get_vocab()
     (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n")
+
+
+def make_exported_tokenizer(folder: Path) -> None:
+    make_tokenizer().save_for_transformers(folder)
 
 
 def read_tokenizer(folder: Path) -> object:
@@ -231,6 +207,7 @@ TARGETS = {
     "original model.pt": Target("model.pt", make_original, read_source),
     "tokenizer.json": Target("tokenizer.json", lambda folder: make_tokenizer().save(folder), read_tokenizer),
     "vocab.txt": Target("vocab.txt", make_vocabulary, read_tokenizer),
+    "tokenizer_config.json": Target("tokenizer_config.json", make_exported_tokenizer, read_tokenizer),
     "layout": Target("layout.txt", make_layout, read_layout),
     "layout plan": Target("plan.json", make_layout_plan, read_layout_plan),
     **{name: data_target(name) for name in DATA_FILES},

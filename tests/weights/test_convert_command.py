@@ -1,17 +1,20 @@
 """`funnel convert` and convert_weights.py: what they print, and that errors leave nothing behind."""
 
+import json
+
 import pytest
 import torch
 from conftest import run_command, tiny_config
 from safetensors.torch import load_file, save_file
-from weight_sources import are_equal, make_bert_folder, make_transformers_folder
+from weight_sources import are_equal, make_bert_folder, make_transformers_folder, transformers
 
 import convert_weights
 from funnel.cli.convert import convert
 from funnel.cli.main import main as funnel_main
 from funnel.errors import FunnelError
 from funnel.model.checkpoint import load_checkpoint
-from funnel.model.heads import FunnelBaseModel
+from funnel.model.heads import FunnelBaseModel, FunnelForSequenceClassification
+from funnel.weights.load import read_source_config
 
 
 def test_summary_says_what_was_read_left_out_and_written(tmp_path):
@@ -88,11 +91,31 @@ def test_weights_without_a_tokenizer_are_converted_with_a_warning(make_folder, t
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_converting_a_bert_requires_its_tokenizer(tmp_path):
+def test_family_of_a_bert_like_model_is_printed(tmp_path, capsys):
+    make_bert_folder(tmp_path / "source", kind="ALBERT")
+    convert(str(tmp_path / "source"), tmp_path / "out")
+    assert f"read      {tmp_path / 'source'}: ALBERT format, FunnelBaseModel, blocks 1x4" in capsys.readouterr().out
+
+
+def test_bert_is_written_in_its_own_format(tmp_path):
+    peer = make_bert_folder(tmp_path / "source", "ForSequenceClassification")
+    convert(str(tmp_path / "source"), tmp_path / "ours")
+    convert(str(tmp_path / "ours"), tmp_path / "out", "huggingface")
+    written = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert type(written) is type(peer)
+    assert are_equal(written.state_dict(), peer.state_dict())
+    tokenizer_config = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert tokenizer_config["model_max_length"] == 40  # position embeddings
+
+
+def test_model_that_transformers_does_not_have_is_one_line_and_writes_nothing(tmp_path):
     make_bert_folder(tmp_path / "source")
-    (tmp_path / "source/vocab.txt").unlink()
-    with pytest.raises(FunnelError, match=r"source: no tokenizer found, but converting a BERT requires the id of \[CLS\]"):
-        convert(str(tmp_path / "source"), tmp_path / "out")
+    config = read_source_config(tmp_path / "source").replace(blocks="2,2")
+    FunnelForSequenceClassification(config).save_pretrained(tmp_path / "deep")
+    done = run_command("convert_weights.py", "deep", "out", "--to", "huggingface", cwd=tmp_path)
+    assert done.returncode == 2
+    message = "transformers has no BERT with pooling (blocks 2,2); export it to ONNX instead"
+    assert done.stderr.strip().splitlines()[-1] == f"convert_weights.py: error: {message}"
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, padded_batch, tiny_config
+from weight_sources import make_bert_folder
 
 import convert_weights
 from funnel.cli.convert import convert
@@ -16,13 +17,21 @@ from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.inference import Classifier, InputFormat
 from funnel.model.heads import FunnelForSequenceClassification, FunnelForTokenClassification
-from funnel.weights.export import INPUTS, export_onnx, export_torch
+from funnel.weights.export import INPUTS, export_onnx, export_torch, max_length
 
 BATCHES = [([1], 1), ([2], 2), ([5, 3], 5), ([8, 2, 8], 8), ([16, 9], 16), ([17], 17), ([30, 64, 1, 50], 65), ([130], 130)]
+ABSOLUTE = {"relative_attention": False, "position_embeddings": 65}
 CONFIGS = [
     {},
     {"pooling_type": "max", "truncate_seq": False},
     {"separate_cls": False, "pool_q_only": False, "blocks": "1,1x2"},
+    {**ABSOLUTE, "blocks": "2", "token_type_embeddings": 2},  # BERT
+    {**ABSOLUTE, "blocks": "1x2", "position_offset": 2, "token_type_embeddings": 1, "embedding_size": 8},
+    {**ABSOLUTE, "blocks": "2", "position_offset": 2, "distance_buckets": 32},  # MPNet
+    {**ABSOLUTE, "position_offset": 1, "distance_buckets": 32, "token_type_embeddings": 2, "embedding_size": 8},
+    {**ABSOLUTE, "separate_cls": False, "truncate_seq": False, "distance_buckets": 8, "blocks": "1,1"},
+    {**ABSOLUTE, "relative_attention": True, "distance_buckets": 32, "token_type_embeddings": 2},
+    {"relative_attention": False, "distance_buckets": 32, "blocks": "2"},  # no limit: all buckets are used
 ]
 
 
@@ -31,23 +40,42 @@ CONFIGS = [
 def test_exported_models_give_the_same_logits_for_any_batch_and_length(changes, tmp_path):
     torch.manual_seed(0)
     model = FunnelForSequenceClassification(tiny_config(num_decoder_layers=0, **{"blocks": "1,1,1", **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # also those that are initialized with 0
+            parameter.add_(torch.randn_like(parameter) * 0.3)
     exported = export_torch(model)
     program = exported.module()
-    for lengths, width in BATCHES:
+    limit = model.config.max_positions
+    batches = BATCHES if limit is None else [*(batch for batch in BATCHES if batch[1] <= limit), ([5, limit], limit)]
+    too_long = padded_batch([3, (limit or 0) + 1])
+    for lengths, width in batches:
         batch = padded_batch(lengths, width)
         with torch.no_grad():
             torch.testing.assert_close(program(*batch), model(*batch), rtol=0, atol=1e-5)
+    if limit is not None:
+        with pytest.raises(IndexError):
+            program(*too_long)
 
     pytest.importorskip("onnxscript", reason="needs the extra onnx")
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
     export_onnx(exported, tmp_path / "model.onnx")
     session = runtime.InferenceSession(tmp_path / "model.onnx")
     assert [model_input.name for model_input in session.get_inputs()] == list(INPUTS)
-    for lengths, width in BATCHES:
+    for lengths, width in batches:
         batch = padded_batch(lengths, width)
         (logits,) = session.run(None, {name: tensor.numpy() for name, tensor in zip(INPUTS, batch, strict=True)})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), model(*batch), rtol=0, atol=1e-5)
+    if limit is not None:
+        with pytest.raises(Exception, match="out of data bounds"):
+            session.run(None, {name: tensor.numpy() for name, tensor in zip(INPUTS, too_long, strict=True)})
+
+
+@pytest.mark.parametrize(
+    ("trained", "limit", "expected"), [(None, 40, 40), (9, 40, 9), (60, 40, 40), (None, 0, 512), (9, 0, 9)]
+)
+def test_maximum_length_of_an_export_is_not_above_the_position_table(trained, limit, expected):
+    assert max_length(tiny_config(model_max_length=trained, position_embeddings=limit)) == expected
 
 
 def run_documented_code(marker: str, monkeypatch, folder: Path) -> Callable[..., Any]:
@@ -110,6 +138,13 @@ def test_weights_without_a_tokenizer_are_exported_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="no tokenizer found"):
         convert(str(tmp_path / "model"), tmp_path / "out", "onnx")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.onnx"]
+
+
+def test_a_bare_model_with_a_pooler_cannot_be_exported_to_onnx(tmp_path):
+    make_bert_folder(tmp_path / "bert")
+    with pytest.raises(FunnelError, match="cannot export a FunnelBaseModel, only a FunnelForSequenceClassification"):
+        convert(str(tmp_path / "bert"), tmp_path / "onnx", "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_only_sequence_classifiers_can_be_exported():

@@ -14,6 +14,7 @@ from funnel.errors import FunnelError
 from funnel.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from funnel.model.config import FunnelConfig
 from funnel.model.heads import MODELS, FunnelForSequenceClassification
+from funnel.weights.export import write_transformers
 from funnel.weights.huggingface import TABLE
 from funnel.weights.load import read_source
 
@@ -156,6 +157,26 @@ def test_untied_lm_head_is_an_error(tmp_path):
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(FunnelError, match=r"lm_head\.weight is not tied to the word embeddings"):
         read_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"relative_attention": False}, "relative_attention False"),
+        ({"distance_buckets": 8}, "distance_buckets 8"),
+        ({"position_embeddings": 20}, "position_embeddings 20"),
+        ({"token_type_embeddings": 2}, "token_type_embeddings 2"),
+        ({"embedding_size": 8}, "embedding_size 8"),
+        ({"classifier_act": "relu"}, "classifier_act 'relu'"),
+    ],
+)
+def test_funnels_that_transformers_does_not_have_are_errors(changes, words, tmp_path):
+    config = tiny_config(**changes)
+    for cls_name, advice in (("FunnelModel", ""), ("FunnelForSequenceClassification", "; export it to ONNX instead")):
+        saved = Checkpoint(config, MODELS[cls_name](config).state_dict(), cls_name)
+        with pytest.raises(FunnelError, match=f"^transformers has no Funnel-Transformer with {words}{advice}$"):
+            write_transformers(tmp_path, saved)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.network

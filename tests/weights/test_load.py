@@ -72,9 +72,18 @@ def test_opening_reads_no_weights(tmp_path):
         opened.load()
 
 
-def test_unknown_model_type_is_an_error(tmp_path):
-    change_config(make_transformers_folder(tmp_path / "source"), model_type="gpt2")
-    with pytest.raises(FunnelError, match=r"unknown checkpoint format; expected config\.json"):
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        (None, r"source: unknown checkpoint format; expected config\.json \(with a model_type\)"),
+        (["bert"], r"source: unknown checkpoint format; expected config\.json \(with a model_type\)"),
+        ("gpt2", r"config\.json: model_type 'gpt2' is not supported; choose from funnel, bert, distilbert, "),
+        ("t5", r"config\.json: model_type 't5' is not supported: it is an encoder-decoder model; choose from funnel, "),
+    ],
+)
+def test_unknown_model_type_is_an_error(model_type, message, tmp_path):
+    change_config(make_transformers_folder(tmp_path / "source"), model_type=model_type)
+    with pytest.raises(FunnelError, match=message):
         read_source(tmp_path / "source")
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,26 +27,58 @@ def make_transformers_folder(folder: Path, cls_name: str = "FunnelForSequenceCla
     return folder
 
 
-def make_bert_folder(folder: Path, cls_name: str = "BertModel", layers: int = 4) -> torch.nn.Module:
-    """A random BERT as transformers saves it, with a vocabulary; returns the model."""
+# BERT-like models: the family, and what its tiny config has besides BERT_SIZES.
+BERT_LIKE: dict[str, tuple[str, dict[str, Any]]] = {
+    "BERT": ("Bert", {}),
+    "DistilBERT": ("DistilBert", {"n_layers": 4, "dim": 32, "n_heads": 4, "hidden_dim": 64}),
+    "RoBERTa": ("Roberta", {"type_vocab_size": 1}),
+    "RoBERTa with token types": ("Roberta", {}),
+    "XLM-R": ("XLMRoberta", {"type_vocab_size": 1}),
+    "CamemBERT": ("Camembert", {"type_vocab_size": 1}),
+    "ELECTRA": ("Electra", {"embedding_size": 16}),
+    "ELECTRA without projection": ("Electra", {"embedding_size": 32}),
+    "ALBERT": ("Albert", {"embedding_size": 16}),
+    "ALBERT with groups": ("Albert", {"embedding_size": 32, "num_hidden_groups": 2}),
+    "MPNet": ("MPNet", {}),
+}
+BERT_SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+}
+
+
+def make_bert_folder(folder: Path, head: str = "Model", kind: str = "BERT", **options: Any) -> torch.nn.Module:
+    """A BERT-like model as transformers saves it, with random values in all weights, and a vocabulary; returns the model.
+
+    Args:
+        head: end of the class name, such as ForSequenceClassification.
+        kind: a key of `BERT_LIKE`.
+        options: of the config.
+    """
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=99,
-        hidden_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=80,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    model = getattr(transformers, cls_name)(config).eval()
+    family, changes = BERT_LIKE[kind]
+    sizes = {name: BERT_SIZES[name] for name in ("vocab_size", "max_position_embeddings")} if "dim" in changes else BERT_SIZES
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **changes, **options})
+    model = getattr(transformers, family + head)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
+            parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     write_vocabulary(folder)
     return model
+
+
+def bert_inputs(batch: tuple[torch.Tensor, ...], config: Any) -> dict[str, torch.Tensor]:
+    """A batch from `padded_batch` as arguments of a BERT-like model: its padding, and token types if it has any."""
+    ids, mask, types = batch
+    inputs = {"input_ids": ids.masked_fill(mask == 0, config.pad_token_id), "attention_mask": mask}
+    if getattr(config, "type_vocab_size", 1) > 1:
+        inputs["token_type_ids"] = types.masked_fill(types == 2, 0)  # [CLS] has no type of its own
+    return inputs
 
 
 def change_config(folder: Path, **changes) -> None:
