@@ -77,7 +77,7 @@ def load(args: TrainArgs, dist: Distributed, run: RunDir) -> tuple[TrainArgs, Ta
     weights = args.weights or (RANDOM if task.name == "demo" else "funnel-transformer/small")
     learning_rate = RANDOM_LEARNING_RATE if weights == RANDOM else task.learning_rate
     args = replace(args, weights=weights, epochs=args.epochs or task.epochs, lr=args.lr or learning_rate)
-    args = replace(args, batch_size=args.batch_size or task.batch_size, max_length=args.max_length or task.max_length)
+    args = replace(args, batch_size=args.batch_size or task.batch_size)
     set_seed(args.seed)  # for randomly initialized weights
     keep_freed_memory()
     bytes_per_weight = 16 if dist.device.type == "cpu" else 4  # on a CPU, gradient and AdamW moments too
@@ -85,6 +85,7 @@ def load(args: TrainArgs, dist: Distributed, run: RunDir) -> tuple[TrainArgs, Ta
         built = BuiltModel(run.checkpoint.model, run.checkpoint.tokenizer, [], "the run's last checkpoint")
     else:
         built = build_classifier(args, task, args.max_length, bytes_per_weight)
+    args = replace(args, max_length=built.model.config.model_max_length or task.max_length)
     encode = partial(encode_examples, label_ids=task.label_ids, tokenizer=built.tokenizer, max_length=args.max_length)
     eval_sets = {split: encode(file) for split, file in task.files.items()}
     train_set = eval_sets.pop("train")
@@ -144,7 +145,7 @@ def train(args: TrainArgs, dist: Distributed, command: str) -> dict[str, float]:
     state.restore(components)
     data = partial(train_set.batches, args.batch_size, args.seed, shard=dist.shard)
     guard = NonFiniteGuard(components, data, schedule, args)
-    print_banner(run, components, built.origin)
+    print_banner(run, components, built.origin, built.note)
 
     # training loop: log, evaluate and save when due, then take the next step
     batches = data(start=state.step)

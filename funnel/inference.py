@@ -77,10 +77,14 @@ class InputFormat(NamedTuple):
 
     @classmethod
     def of_checkpoint(cls, config: FunnelConfig, folder: Path) -> "InputFormat":
-        """The format that a checkpoint's config records, or else the run of the folder, as in version 0.1."""
+        """The format that a checkpoint's config records, or else the run of the folder, as in version 0.1.
+
+        The maximum length is limited by the model's position embeddings.
+        """
+        recorded = cls.of_run(folder)
         if config.model_max_length is not None:
-            return cls(config.model_max_length, config.text_columns)
-        return cls.of_run(folder)
+            recorded = cls(config.model_max_length, config.text_columns)
+        return recorded._replace(max_length=config.limit_length(recorded.max_length))
 
     @classmethod
     def of_run(cls, folder: Path) -> "InputFormat":
@@ -113,8 +117,11 @@ class Classifier:
         inputs: InputFormat | None = None,
         dtype: str = "fp32",
     ) -> None:
-        if model.config.problem_type == "multi_label_classification":
+        config = model.config
+        if config.problem_type == "multi_label_classification":
             raise FunnelError("multi-label prediction is not supported; fine-tune the model on single labels or scores")
+        if config.problem_type == "regression" and config.num_labels > 1:
+            raise FunnelError(f"a regression with {config.num_labels} outputs is not supported; expected one output")
         self.model, self.tokenizer, self.dtype = model.eval(), tokenizer, dtype
         self.inputs = inputs or InputFormat()
         self.device = next(model.parameters()).device

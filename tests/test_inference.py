@@ -139,11 +139,22 @@ def test_the_checkpoints_input_format_takes_precedence(classifier_folder, tmp_pa
     assert Classifier.load(copy).inputs == InputFormat(9, ("first", "second"))
 
 
-def test_multi_label_models_are_an_error(classifier_folder):
+@pytest.mark.parametrize(
+    ("problem_type", "message"),
+    [("multi_label_classification", "multi-label prediction is not supported"), ("regression", r"regression with \d outputs")],
+)
+def test_models_with_several_labels_per_text_are_an_error(problem_type, message, classifier_folder):
     values = json.loads((classifier_folder / "config.json").read_text())
-    (classifier_folder / "config.json").write_text(json.dumps(values | {"problem_type": "multi_label_classification"}))
-    with pytest.raises(FunnelError, match="multi-label prediction is not supported"):
+    (classifier_folder / "config.json").write_text(json.dumps(values | {"problem_type": problem_type}))
+    with pytest.raises(FunnelError, match=message):
         Classifier.load(classifier_folder)
+
+
+def test_maximum_length_is_limited_by_the_position_embeddings(tmp_path):
+    config = tiny_config(position_embeddings=20, position_offset=2)
+    assert InputFormat.of_checkpoint(config.replace(model_max_length=100), tmp_path).max_length == 18
+    assert InputFormat.of_checkpoint(config.replace(model_max_length=10), tmp_path).max_length == 10
+    assert InputFormat.of_checkpoint(config, tmp_path).max_length == 18
 
 
 @pytest.mark.parametrize(

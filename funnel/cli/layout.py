@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from funnel.model.config import FunnelConfig
     from funnel.model.flops import ModuleCost
 
-LENGTHS = (128, 512)  # tokens
+LENGTHS = (128, 512)  # tokens; models with fewer positions use their maximum
 BYTES_PER_ACTIVATION = 2  # bf16
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 
@@ -63,7 +63,7 @@ def show_layout(args: argparse.Namespace) -> None:
     source = f"{args.weights} ({weights.layout})"
     print(f"layout {config.layout}, d_model {config.d_model}, classifier without decoder, weights from {source}\n")
     print(cost_table(config))
-    ratios = (f"{total_flops(config, n) / total_flops(baseline, n):.2f} of its FLOPs at {n} tokens" for n in LENGTHS)
+    ratios = (f"{total_flops(config, n) / total_flops(baseline, n):.2f} of its FLOPs at {n} tokens" for n in _lengths(config))
     parameters = count_parameters(config) / count_parameters(baseline)
     print(f"\ncompared with {baseline.layout}: {', '.join(ratios)}, {parameters:.2f} of its parameters\n")
     print("\n".join(f"layer {layer}" for layer in plan))
@@ -80,30 +80,36 @@ def _read_config(weights: str) -> "FunnelConfig":
     return read_source_config(resolve(weights)) if os.path.isdir(weights) else released_config(weights)
 
 
+def _lengths(config: "FunnelConfig") -> list[int]:
+    """The lengths in tokens for which costs are shown."""
+    return sorted({config.limit_length(length) for length in LENGTHS})
+
+
 def cost_table(config: "FunnelConfig") -> str:
     """One line per module: layers, sequence lengths, parameters, FLOPs, activation memory, and shares of the totals."""
     from funnel.model.flops import count_parameters, module_costs
 
-    by_length = [module_costs(config, length) for length in LENGTHS]
+    lengths = _lengths(config)
+    by_length = [module_costs(config, length) for length in lengths]
     n_parameters = count_parameters(config)
     flops = [sum(module.flops for module in modules) for modules in by_length]
     activations = [sum(module.activations for module in modules) for modules in by_length]
-    rows = [_header()]
+    rows = [_header(lengths)]
     for modules in zip(*by_length, strict=True):
         module = modules[0]
         gflops = [f"{m.flops / 1e9:.3g} ({m.flops / total:.0%})" for m, total in zip(modules, flops, strict=True)]
         mib = [f"{_mib(m.activations)} ({m.activations / total:.0%})" for m, total in zip(modules, activations, strict=True)]
-        lengths = [str(m.length) if m.length else "" for m in modules]
+        positions = [str(m.length) if m.length else "" for m in modules]
         share = f"{module.parameters / n_parameters:.0%}"
-        rows.append([module.name, _layers(module), *lengths, f"{module.parameters:,}", share, *gflops, *mib])
+        rows.append([module.name, _layers(module), *positions, f"{module.parameters:,}", share, *gflops, *mib])
     totals = [f"{total / 1e9:.3g}" for total in flops] + [_mib(total) for total in activations]
-    rows.append(["total", "", *("" for _ in LENGTHS), f"{n_parameters:,}", "", *totals])
+    rows.append(["total", "", *("" for _ in lengths), f"{n_parameters:,}", "", *totals])
     note = "Memory: approximate activations saved for the backward pass, per example, in bf16."
     return f"{align_columns(rows)}\n\n{note}"
 
 
-def _header() -> list[str]:
-    columns = [[f"{unit} {length}" for length in LENGTHS] for unit in ("length at", "GFLOPs at", "MiB at")]
+def _header(lengths: list[int]) -> list[str]:
+    columns = [[f"{unit} {length}" for length in lengths] for unit in ("length at", "GFLOPs at", "MiB at")]
     return ["", "layers", *columns[0], "parameters", "", *columns[1], *columns[2]]
 
 
@@ -138,7 +144,7 @@ def plot_layout(config: "FunnelConfig", path: Path) -> None:
     from funnel.io import atomic_write
     from funnel.model.flops import module_costs
 
-    length = LENGTHS[0]
+    length = _lengths(config)[0]
     blocks = [module for module in module_costs(config, length) if module.layers]
     n_runs, total = sum(block.runs for block in blocks), sum(block.flops for block in blocks)
     figure, axes = plt.subplots(figsize=(7, 0.25 * n_runs + 1.2), layout="constrained")

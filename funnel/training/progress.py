@@ -136,12 +136,19 @@ def print_data(task: Task, train_set: Dataset, eval_sets: Mapping[str, Dataset])
             print(f"warning: {plural(len(missing), 'class')} without an example in dev: {names}")
 
 
-def print_banner(run: RunDir, components: TrainComponents, origin: str) -> None:
-    """Prints what is trained, how, and where."""
+def print_banner(run: RunDir, components: TrainComponents, origin: str, note: str = "") -> None:
+    """Prints what is trained, how, and where.
+
+    Args:
+        origin: one-line description of the initial weights.
+        note: advice about the model, on a line of its own.
+    """
     config, settings, dist = components.model.config, run.settings, components.dist
     parameters = sum(parameter.numel() for parameter in components.model.parameters())
     device = dist.device.type + (f" x {dist.world_size} processes" if dist.world_size > 1 else "")
     print(f"model: blocks {config.layout}, d_model {config.d_model}, {parameters:,} parameters, from {origin}")
+    if note:
+        print(f"note: {note}")
     print(
         f"training: {plural(settings['steps'], 'step')} of {plural(settings['batch_size'], 'example')}, "
         f"learning rate {settings['lr']:g}, "

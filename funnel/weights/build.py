@@ -13,7 +13,7 @@ from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError, plural
 from funnel.model.checkpoint import load_weights
 from funnel.model.config import FunnelConfig, parse_blocks
-from funnel.model.flops import check_memory
+from funnel.model.flops import check_memory, total_flops
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.options import RANDOM, check_options, option
 from funnel.weights import surgery
@@ -23,6 +23,7 @@ from funnel.weights.surgery import INITS, KEEPS, LayerPlan
 # Labels with a small mean and a deviation near 1 are learned as they are: on STS-B (2.7 and 1.5), standardizing gave a Pearson
 # correlation of 83.0 instead of 84.0 (MiniLM, 2,2,2, one seed).
 MAX_RAW_MEAN, RAW_STDS = 3.0, (0.5, 2.0)
+MAX_RECOMMENDED_SHARE = 0.95  # of the FLOPs; a layout that saves less is not worth recommending
 MAX_RESCALING = 10  # of a regression head, in deviations; beyond it, the new labels are taken to be in another unit
 # Best of the rates tried on the demo task. The tasks' own rates are for pretrained weights and are too low to train from
 # scratch.
@@ -76,6 +77,7 @@ class BuiltModel(NamedTuple):
         plan: the origin of every layer.
         origin: one-line description of the weights.
         has_new_head: whether the classifier's output layer is newly initialized, at least in part.
+        note: advice about the layout; "" for none.
     """
 
     model: FunnelForSequenceClassification
@@ -83,6 +85,7 @@ class BuiltModel(NamedTuple):
     plan: list[LayerPlan]
     origin: str
     has_new_head: bool = False
+    note: str = ""
 
     def calibrate(self, dataset: Dataset, num_texts: int = 64) -> None:
         """Calibrates the LayerNorms of identity layers on the first texts of a dataset."""
@@ -130,7 +133,7 @@ class RandomSource:
         return Source("random", Path(), self.config, weights, FunnelForSequenceClassification.__name__, self.tokenizer)
 
 
-def build_classifier(args: WeightsArgs, task: Task, max_length: int, bytes_per_weight: int = 4) -> BuiltModel:
+def build_classifier(args: WeightsArgs, task: Task, max_length: int | None = None, bytes_per_weight: int = 4) -> BuiltModel:
     """Builds a classifier for a task from weights, in the requested layout.
 
     Everything that can be checked without the weights is checked before they are read.
@@ -138,17 +141,28 @@ def build_classifier(args: WeightsArgs, task: Task, max_length: int, bytes_per_w
     Args:
         args: `weights` must be set.
         task: its labels become the model's; if `weights` is "none", a tokenizer is trained on its training texts.
-        max_length: the number of tokens to which texts will be truncated, recorded in the config.
+        max_length: the number of tokens to which texts will be truncated, recorded in the config; default: the task's, or
+            the number of position embeddings if this is less.
         bytes_per_weight: memory needed per weight: 4 for float32, 16 with gradient and AdamW's state.
 
     Raises:
-        FunnelError: the weights cannot be found or read, the layout is invalid, or the model does not fit into memory.
+        FunnelError: the weights cannot be found or read, the layout is invalid, `max_length` exceeds the weights' position
+            embeddings, or the model does not fit into memory.
     """
     if args.weights is None:
         raise FunnelError("missing weights: expected a checkpoint folder, a hub id, or none", "weights")
     is_random = args.weights == RANDOM
     opened: OpenedSource | RandomSource = RandomSource(task) if is_random else open_source(resolve(args.weights))
-    config = classifier_config(opened.config, args.blocks, task).replace(model_max_length=max_length)
+    config = classifier_config(opened.config, args.blocks, task)
+    if max_length is None:
+        max_length = config.limit_length(task.max_length)
+    config = config.replace(model_max_length=max_length)
+    if config.max_positions is not None and max_length > config.max_positions:
+        raise FunnelError(
+            f"max_length {max_length}: {args.weights} has position embeddings for only {config.max_positions} tokens; "
+            f"expected at most {config.max_positions}",
+            "max_length",
+        )
     if args.layout_plan is not None:
         plan = surgery.read_plan(args.layout_plan, opened.config, config)
     else:
@@ -163,16 +177,35 @@ def build_classifier(args: WeightsArgs, task: Task, max_length: int, bytes_per_w
     weights, has_new_head, head = surgery.match_labels(source, model)
     has_new_head |= bool(load_weights(model, surgery.apply_plan(weights, plan, model.state_dict()), args.weights))
 
-    num_new = sum(row.start != "keep" for row in plan)
+    kept = [row.source for row in plan if row.start == "keep"]
+    num_new = len(plan) - len(kept)
     if is_random:
         origin = f"random weights ({plural(len(config.blocks), 'block')}, {plural(len(plan), 'layer')})"
     else:
-        layers = f"blocks {source.config.layout}; {plural(len(plan) - num_new, 'layer')} kept"
+        layers = f"blocks {source.config.layout}; {plural(len(kept), 'layer')} "
+        is_shared = len(set(kept)) < len(kept)
+        layers += f"copied from {plural(len(set(kept)), 'shared layer')}" if is_shared else "kept"
         if num_new:
             layers += f", {num_new} new: {args.layout_plan or args.init}"
         head = head or ("new classifier" if has_new_head else f"classifier of {args.weights}")
         origin = f"{args.weights} ({layers}), {head}"
-    return BuiltModel(model.eval(), tokenizer, plan, origin, has_new_head or is_random)
+    note = _pooling_note(config, max_length) if args.blocks is None else ""
+    return BuiltModel(model.eval(), tokenizer, plan, origin, has_new_head or is_random, note)
+
+
+def _pooling_note(config: FunnelConfig, length: int) -> str:
+    """Recommends a layout for a model of one block, such as a BERT; "" if the model pools or is too small."""
+    blocks = surgery.recommended_blocks(config)
+    if blocks == config.blocks:
+        return ""
+    recommended = config.replace(blocks=blocks)
+    share = total_flops(recommended, length) / total_flops(config, length)
+    if share > MAX_RECOMMENDED_SHARE:
+        return ""
+    return (
+        f"layout {config.layout} does not pool; blocks {recommended.layout} would use {share:.0%} of its FLOPs at {length} "
+        "tokens (docs/layouts.md compares the accuracy)"
+    )
 
 
 def classifier_config(source: FunnelConfig, blocks: str | None, task: Task) -> FunnelConfig:

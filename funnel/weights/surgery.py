@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from funnel.errors import FunnelError, format_list, plural
 from funnel.io import read_json, write_json
-from funnel.model.config import FunnelConfig
+from funnel.model.config import BlockSpec, FunnelConfig
 from funnel.model.heads import MODELS, FunnelForSequenceClassification, FunnelForTokenClassification, FunnelPreTrainedModel
 from funnel.weights.load import Source
 
@@ -27,7 +27,9 @@ KEEPS = ("spread", "first", "last")  # which layers are kept when a block shrink
 STARTS = ("keep", *INITS)
 NORMS = ("attention.layer_norm", "ffn.layer_norm")
 OUTPUT_PROJECTIONS = ("attention.post_proj", "ffn.linear_2")
-WIDTHS = ("d_model", "n_head", "d_head", "d_inner")  # config fields that must be the same in both layouts
+# Config fields that must be the same in both layouts.
+SHARED = ("d_model", "n_head", "d_head", "d_inner", "embedding_size", "relative_attention", "distance_buckets",
+          "position_embeddings", "position_offset", "token_type_embeddings")  # fmt: skip
 OUTPUT_LAYERS = ("classifier.linear_out", "classifier")  # of sequence and token classifiers: one row per label
 LABELED = (FunnelForSequenceClassification, FunnelForTokenClassification)
 MAX_LISTED_LABELS = 6
@@ -67,7 +69,8 @@ def make_plan(old: FunnelConfig, new: FunnelConfig, init: str = "identity", keep
 
     If some blocks grow and others shrink (2,2,2 to 3,3), no old layer is dropped while there is room for it: the old layers
     fill the new layout from the start, in their order; if there are too many, `keep` selects. The remaining layers use the
-    weights of the last old layer. With init "copy", blocks keep their own layers in this case too.
+    weights of the last old block with layers. With init "copy", blocks keep their own layers in this case too, unless the old
+    layout has only one block.
 
     Args:
         init: how additional layers are initialized, one of `INITS`.
@@ -83,7 +86,7 @@ def make_plan(old: FunnelConfig, new: FunnelConfig, init: str = "identity", keep
     old_runs = [
         [(block, layer) for layer in range(spec.layers) for _ in range(spec.repeats)] for block, spec in enumerate(old.blocks)
     ]
-    if init != "copy" and _grows_and_shrinks(old, new):
+    if (init != "copy" or len(old.blocks) == 1) and _grows_and_shrinks(old, new):
         old_runs = _redistribute(old_runs, new, keep)
     last_block = [runs for runs in old_runs if runs][-1]
     plan = []
@@ -98,9 +101,22 @@ def make_plan(old: FunnelConfig, new: FunnelConfig, init: str = "identity", keep
     return plan
 
 
+def recommended_blocks(config: FunnelConfig) -> tuple[BlockSpec, ...]:
+    """Recommends a layout for a model without pooling: the last third of the layers at half the length (docs/layouts.md).
+
+    Returns the layout of the config if it pools already, or if it has too few layers.
+    """
+    layers, repeats = config.blocks[0]
+    if layers == 1 and len(config.blocks) == 1 and repeats >= 3:  # ALBERT, whose layers share weights
+        return BlockSpec(1, repeats - repeats // 3), BlockSpec(1, repeats // 3)
+    if len(config.blocks) > 1 or layers < 3:
+        return config.blocks
+    return BlockSpec(layers - layers // 3, repeats), BlockSpec(layers // 3, repeats)
+
+
 def check_same_widths(old: FunnelConfig, new: FunnelConfig) -> None:
     """Raises FunnelError if the configs differ in more than the layout, so that weights cannot be transferred."""
-    for name in WIDTHS:
+    for name in SHARED:
         if getattr(old, name) != getattr(new, name):
             raise FunnelError(
                 f"a new layout cannot change {name}: it is {getattr(old, name)} in the weights and {getattr(new, name)} in "
@@ -247,8 +263,8 @@ def _make_identity(layer: dict[str, Tensor], norm_weight: Tensor, norm_bias: Ten
     mean = norm_bias.mean()
     deviation = (norm_weight.square() + norm_bias.square()).mean().sub(mean.square()).sqrt()
     for name in NORMS:
-        layer[f"{name}.weight"] = torch.full_like(norm_weight, float(deviation))
-        layer[f"{name}.bias"] = torch.full_like(norm_bias, float(mean))
+        layer[f"{name}.weight"].fill_(float(deviation))
+        layer[f"{name}.bias"].fill_(float(mean))
 
 
 @torch.no_grad()

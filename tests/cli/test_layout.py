@@ -2,12 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, tiny_config
 
 from funnel.cli.main import main
-from funnel.model.config import released_config
+from funnel.model.config import FunnelConfig, released_config
+from funnel.model.flops import total_flops
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.weights import from_original
 
@@ -69,21 +71,48 @@ def test_reads_a_checkpoint_and_a_layout_plan(tmp_path, capsys):
     assert "layer 0.0: copy from 1.1\nlayer 1.0: random" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("source", "layout"), [("run", "1,2,1"), ("bert", "2,1,1"), ("original", "2,1x2")])
+@pytest.mark.parametrize(("source", "layout"), [("run", "1,2,1"), ("bert", "4"), ("original", "2,1x2")])
 def test_reads_configs_of_every_format_without_weights(source, layout, tmp_path, capsys):
     if source == "run":
         FunnelForSequenceClassification(tiny_config(num_decoder_layers=0)).save_pretrained(tmp_path / "best")
         (tmp_path / "run.json").write_text("{}")
     elif source == "bert":
-        values = {"model_type": "bert", "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
-                  "intermediate_size": 64}  # fmt: skip
-        (tmp_path / "config.json").write_text(json.dumps(values))
+        bert_config(tmp_path)
     else:
         values = {**dict.fromkeys(from_original.FIELDS.values(), 8), "block_size": "2_1x2", "dropout": 0.1, "dropatt": 0.1,
                   "dropact": 0.0, "pooling_type": "mean", "separate_cls": True, "pool_q_only": True}  # fmt: skip
         (tmp_path / from_original.CONFIG).write_text(json.dumps(values))
     assert main(["layout", "--weights", str(tmp_path), "--blocks", "1,1"]) == 0
     assert f"({layout})" in capsys.readouterr().out.splitlines()[0]
+
+
+def bert_config(folder: Path, **changes) -> str:
+    """Writes the config of a BERT of 4 layers, without weights; returns the folder's name."""
+    values = {"model_type": "bert", "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "intermediate_size": 64, **changes}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+def test_costs_of_a_bert_are_relative_to_its_own_layout(tmp_path, capsys):
+    bert = bert_config(tmp_path)
+    config = FunnelConfig(vocab_size=99, blocks="4", d_model=32, n_head=4, d_head=8, d_inner=64, num_decoder_layers=0,
+                          relative_attention=False, position_embeddings=512, token_type_embeddings=2)  # fmt: skip
+    for against in ("4", "2,2"):
+        assert main(["layout", "--weights", bert, "--blocks", "2,1,1", "--against", against]) == 0
+        output = capsys.readouterr().out
+        flops = [total_flops(config.replace(blocks=layout), 128) for layout in ("2,1,1", against)]
+        assert f"compared with {against}: {flops[0] / flops[1]:.2f} of its FLOPs at 128 tokens" in output
+        assert "1.00 of its parameters" in output
+        assert "layer 0.1: keep from 0.1\nlayer 1.0: keep from 0.2\nlayer 2.0: keep from 0.3" in output
+
+
+def test_costs_are_shown_up_to_the_number_of_positions(tmp_path, capsys):
+    for positions, lengths in ((200, ["128", "200"]), (80, ["80"])):
+        assert main(["layout", "--weights", bert_config(tmp_path, max_position_embeddings=positions)]) == 0
+        output = capsys.readouterr().out
+        assert re.findall(r"GFLOPs at (\d+)", output) == lengths
+        assert re.findall(r"FLOPs at (\d+) tokens", output) == lengths
 
 
 @pytest.mark.parametrize(

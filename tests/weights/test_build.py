@@ -68,6 +68,37 @@ def test_weights_must_be_chosen():
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
+BERT_LIKE = {"relative_attention": False, "position_embeddings": 16, "token_type_embeddings": 2, "num_decoder_layers": 0}
+
+
+def test_max_length_beyond_the_position_embeddings_is_an_error(tmp_path):
+    folder = save_classifier(tmp_path / "weights", blocks="3", **BERT_LIKE)
+    with pytest.raises(FunnelError, match=r"max_length 17: .* has position embeddings for only 16 tokens") as error:
+        build_classifier(WeightsArgs(str(folder)), make_task(), 17)
+    assert error.value.parameter == "max_length"
+    for max_length in (16, None):  # None: the task's 128, limited by the position embeddings
+        assert build_classifier(WeightsArgs(str(folder)), make_task(), max_length).model.config.model_max_length == 16
+
+
+def test_a_model_without_pooling_gets_a_recommended_layout(tmp_path):
+    folder = save_classifier(tmp_path / "weights", blocks="6", **BERT_LIKE)
+    built = build_classifier(WeightsArgs(str(folder)), make_task(), 16)
+    assert built.note.startswith("layout 6 does not pool; blocks 4,2 would use 90% of its FLOPs at 16 tokens")
+    assert build_classifier(WeightsArgs(str(folder), "6"), make_task(), 16).note == ""  # chosen by the user
+    small = save_classifier(tmp_path / "small", blocks="4", **BERT_LIKE)
+    assert build_classifier(WeightsArgs(str(small)), make_task(), 16).note == ""  # 3,1 would save nothing
+    assert build_classifier(WeightsArgs(str(folder), "4,2"), make_task(), 16).note == ""
+
+
+def test_blocks_copy_a_layer_that_an_albert_shares(tmp_path):
+    folder = save_classifier(tmp_path / "weights", blocks="1x12", embedding_size=8, **BERT_LIKE)
+    built = build_classifier(WeightsArgs(str(folder), "1x4,1x4,1x4"), make_task(), 16)
+    assert "3 layers copied from 1 shared layer" in built.origin
+    layers = [built.model.encoder.layers(block)[0] for block in range(3)]
+    assert all(torch.equal(layer.ffn.linear_1.weight, layers[0].ffn.linear_1.weight) for layer in layers)
+    assert len({layer.ffn.linear_1.weight.data_ptr() for layer in layers}) == 3
+
+
 def test_impossible_layout_is_refused_before_weights_are_read(tmp_path, monkeypatch):
     FunnelForSequenceClassification(tiny_config(blocks="1,1")).save_pretrained(tmp_path / "old")
     (tmp_path / "old/model.safetensors").unlink()

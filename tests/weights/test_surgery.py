@@ -12,7 +12,7 @@ from funnel.errors import FunnelError
 from funnel.model.checkpoint import load_weights
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.weights.load import read_source
-from funnel.weights.surgery import apply_plan, calibrate_layer_norms, make_plan, read_plan, write_plan
+from funnel.weights.surgery import apply_plan, calibrate_layer_norms, make_plan, read_plan, recommended_blocks, write_plan
 
 
 def plan_rows(old: str, new: str, init: str = "identity") -> list[str]:
@@ -189,8 +189,9 @@ def test_identity_layers_change_only_mean_and_std_of_cls():
 def test_identity_layers_nearly_preserve_cls_of_minilm(blocks, limit, minilm_source):
     """[CLS] changes by 2 % if layers are added at the end, by 6 % if some are added in between (copies: 100 to 250 %)."""
     source = minilm_source
-    model = FunnelForSequenceClassification(source.config).eval()
-    load_weights(model, source.weights, "MiniLM")
+    flat = FunnelForSequenceClassification(source.config).eval()
+    load_weights(flat, source.weights, "MiniLM")
+    model = change_layout(flat, "2,2,2")
     texts = ["a gorgeous , witty , seductive movie .", "it 's a charming and often affecting journey .", "dull ."]
     texts += ["a sentence of words that the model has not seen often , let alone in this order", "no"]
     encoded = [encoding.input_ids for encoding in source.tokenizer.encode(texts)]
@@ -198,7 +199,7 @@ def test_identity_layers_nearly_preserve_cls_of_minilm(blocks, limit, minilm_sou
     ids = torch.tensor([row + [0] * (width - len(row)) for row in encoded])
     batch = ids, (ids != 0).long()
     changed = change_layout(model, blocks)
-    calibrate_layer_norms(changed, make_plan(source.config, changed.config), *batch)
+    calibrate_layer_norms(changed, make_plan(model.config, changed.config), *batch)
     with torch.no_grad():
         old, new = cls_state(model, batch), cls_state(changed, batch)
     assert ((new - old).norm(dim=1) / old.norm(dim=1)).mean() < limit
@@ -261,3 +262,25 @@ def test_new_layers_share_no_memory():
     weights = apply_plan(model.state_dict(), make_plan(model.config, config, "copy"), fresh)
     pointers = [tensor.data_ptr() for tensor in [*weights.values(), *model.state_dict().values()] if tensor.numel()]
     assert len(set(pointers)) == len(pointers)
+
+
+# --- the recommended layout -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("blocks", "recommended"),
+    [
+        ("6", "4,2"),
+        ("12", "8,4"),
+        ("24", "16,8"),
+        ("1x12", "1x8,1x4"),
+        ("3x4", "2x4,1x4"),
+        ("3", "2,1"),
+        ("2x6", "2x6"),
+        ("1", "1"),
+        ("4,4,4", "4,4,4"),
+    ],
+)
+def test_recommended_layout_pools_the_last_third(blocks, recommended):
+    config = tiny_config(blocks=blocks)
+    assert config.replace(blocks=recommended_blocks(config)).layout == recommended
