@@ -1,4 +1,4 @@
-"""Distance between a converted BERT and the original before training: compares the final [CLS] state on real texts.
+"""What pooling costs a BERT before training: compares the final [CLS] state of layouts with the original's on real texts.
 
     python -m benchmarks.studies.bert_conversion --data GLUE --source MINILM
 
@@ -8,14 +8,14 @@ Prints two Markdown tables.
 2. Sensitivity to word order: two neighboring tokens of each text are swapped, and the change of [CLS] is compared with the
    change in BERT (mean cosine similarity, ratio of mean norms).
 
-The layout with all layers in one block is the whole BERT without pooling, so its row isolates the effect of positions.
+The source is any BERT-like model. As one block it computes the same function as in transformers
+(tests/weights/test_bert_family.py), so this is the BERT that the layouts are compared with. All layouts keep its position
+embeddings: every difference is due to pooling.
 """
 
 import argparse
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +25,9 @@ from funnel.data.dataset import Batch, Dataset, encode_examples
 from funnel.data.tasks import get_task, locate_files
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.heads import FunnelBaseModel
-from funnel.weights.load import read_source_config
 
-LAYOUTS = ("6", "5,1", "4,2", "3,3", "3,2,1", "2,2,2")
+LAYOUTS = ("5,1", "4,2", "3,3", "3,2,1", "2,2,2")  # of the six layers of MiniLM
 BATCH_SIZE = 32
-ClsFunction = Callable[..., Tensor]  # input_ids, attention_mask, token_type_ids -> [b, d]
 
 
 class ClsStates(NamedTuple):
@@ -39,33 +37,20 @@ class ClsStates(NamedTuple):
     changes: Tensor
 
 
-def bert_cls(bert: Any, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-    """BERT's [CLS] after the last layer, [b, d]."""
-    bert_types = token_type_ids.masked_fill(token_type_ids == 2, 0)  # BERT has no separate type for [CLS]
-    states: Tensor = bert(input_ids, attention_mask, bert_types).last_hidden_state
-    return states[:, 0]
-
-
-def funnel_cls(model: FunnelBaseModel, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-    """Funnel's [CLS] after the last layer, [b, d]."""
-    states, _ = model.encode(input_ids, attention_mask, token_type_ids)
-    return states[-1][:, 0]
-
-
 @torch.no_grad()
-def cls_states(batches: list[Batch], cls_function: ClsFunction) -> ClsStates:
+def cls_states(batches: list[Batch], model: FunnelBaseModel) -> ClsStates:
     """Runs a model on texts as they are, and with two tokens swapped; all models get the same swaps."""
     generator = torch.Generator().manual_seed(0)
-    states = torch.cat([cls_function(**batch.inputs) for batch in batches])
-    swapped = torch.cat([cls_function(**{**batch.inputs, "input_ids": swap_tokens(batch, generator)}) for batch in batches])
-    return ClsStates(states, swapped - states)
+    states = torch.cat([model(**batch.inputs)[:, 0] for batch in batches])
+    swapped = [model(**{**batch.inputs, "input_ids": swap_tokens(batch, generator)})[:, 0] for batch in batches]
+    return ClsStates(states, torch.cat(swapped) - states)
 
 
 def swap_tokens(batch: Batch, generator: torch.Generator) -> Tensor:
     """Swaps two different neighboring tokens in the first text of each row, where it has such tokens. [b, l]."""
     ids = batch.input_ids.clone()
-    is_first_text = (batch.token_type_ids == 0) & batch.attention_mask.bool()  # [CLS] has type 2; the last one is [SEP]
-    for row, sep in enumerate(is_first_text.sum(1).tolist()):
+    last_token = batch.input_ids.gather(1, batch.attention_mask.sum(1, keepdim=True) - 1)  # [b, 1], the separator
+    for row, sep in enumerate((ids == last_token).int().argmax(1).tolist()):  # position of the first separator
         candidates = (ids[row, 1 : sep - 1] != ids[row, 2:sep]).nonzero()[:, 0] + 1
         if len(candidates):
             i = int(candidates[torch.randint(len(candidates), (1,), generator=generator)])
@@ -96,34 +81,30 @@ def load_dev_set(task_name: str, data: Path, tokenizer: FunnelTokenizer, num_tex
 
 
 def main() -> None:
-    import transformers
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder per task, such as CoLA and SST-2")
-    parser.add_argument("--source", type=Path, required=True, help="folder of a BERT in transformers' format")
+    parser.add_argument("--source", type=Path, required=True, help="folder of a BERT-like model in transformers' format")
     parser.add_argument("--tasks", nargs="+", default=["cola", "sst2", "stsb", "rte"])
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
     parser.add_argument("--texts", type=int, default=256, help="number of dev texts per task (default: %(default)s)")
     args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    bert = transformers.BertModel.from_pretrained(args.source, add_pooling_layer=False).eval()
     tokenizer = FunnelTokenizer.load(args.source)
     dev_sets = {name: load_dev_set(name, args.data, tokenizer, args.texts) for name in args.tasks}
     batches = {
         name: [dataset.batch(rows) for rows in np.split(np.arange(len(dataset)), range(BATCH_SIZE, len(dataset), BATCH_SIZE))]
         for name, dataset in dev_sets.items()
     }
-    bert_states = {name: cls_states(batches[name], partial(bert_cls, bert)) for name in args.tasks}
+    bert = FunnelBaseModel.from_pretrained(args.source)
+    bert_states = {name: cls_states(batches[name], bert) for name in args.tasks}
 
-    print(f"default layout after conversion: {read_source_config(args.source).layout}\n")
+    print(f"BERT: blocks {bert.config.layout}\n")
     columns = [f"{name} ({dataset.lengths.mean():.0f} tokens)" for name, dataset in dev_sets.items()]
     header = f"| layout | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|"
     print(header)
     order_rows = []
     for blocks in args.layouts:
         model = FunnelBaseModel.from_pretrained(args.source, blocks=blocks)
-        states = {name: cls_states(batches[name], partial(funnel_cls, model)) for name in args.tasks}
-        pairs = [(states[name], bert_states[name]) for name in args.tasks]
+        pairs = [(cls_states(batches[name], model), bert_states[name]) for name in args.tasks]
         print(f"| {blocks} | {' | '.join(distance(*pair) for pair in pairs)} |", flush=True)
         order_rows.append(f"| {blocks} | {' | '.join(order_effect(*pair) for pair in pairs)} |")
     print("", header, *order_rows, sep="\n")

@@ -1,39 +1,46 @@
-"""GLUE scores of a BERT converted to a Funnel, compared with the BERT itself, with the default settings of each task.
+"""Where to pool: GLUE scores of a BERT in several layouts, compared with the BERT itself.
 
-    python -m benchmarks.studies.glue --data GLUE --source MINILM --tasks cola rte stsb --seeds 0 1 2 --jobs 2
+    python -m benchmarks.studies.glue --data GLUE --source MINILM --epochs 4 --lr 5e-5 --jobs 2
     python -m benchmarks.studies.glue --report
 
 Funnel runs are train.py on the converted weights. BERT runs are transformers' BertForSequenceClassification with the same
 batches, optimizer, schedule and dtype. Each run is a separate process. Results are appended to --results; runs that are
-already stored there are skipped. Prints a Markdown table: mean and range over seeds of the last evaluation, in percent.
+already stored there are skipped. Prints a Markdown table: mean and standard error over seeds of the last evaluation, in
+percent, and FLOPs at 128 tokens relative to transformers' BERT, which computes all positions of its last layer. `5,1` is the
+same function as `6`, and `4,1,1` the same as `4,2`: a last block of one layer computes [CLS] from the unpooled sequence.
 """
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.studies.results import ROOT, environment, read_results, run_all, train
+from benchmarks.studies.fit import Recipe, fit, score
+from benchmarks.studies.results import MINILM, ROOT, environment, read_results, run_all, train
 from funnel.data.dataset import encode_examples
 from funnel.data.tasks import get_task, locate_files
 from funnel.data.tokenizer import FunnelTokenizer
-from funnel.training.device import autocast, choose_dtype, keep_freed_memory, set_seed
-from funnel.training.evaluate import compute_metrics, loss_function, predict_logits
+from funnel.model.attention_backends import attention_backend
+from funnel.model.flops import total_flops
+from funnel.model.heads import FunnelBaseModel
+from funnel.training.device import set_seed
 from funnel.training.metrics import LOWER_IS_BETTER
-from funnel.training.optim import LinearWarmupDecay, clip_grad_norm
 
 RESULTS = Path(__file__).with_name("glue.jsonl")
 BERT = "BERT"  # in place of a layout, for the source model
+MODELS = (BERT, "6", "4,2", "3,3", "2,2,2", "1,5")
+LENGTH = 128  # tokens of the text whose FLOPs are counted
 
 
 class Run(NamedTuple):
@@ -49,6 +56,7 @@ class Run(NamedTuple):
     blocks: str
     seed: int
     epochs: float
+    lr: float
 
 
 class Result(NamedTuple):
@@ -59,11 +67,12 @@ class Result(NamedTuple):
     blocks: str
     seed: int
     epochs: float
+    lr: float
     scores: dict[str, float]
 
     @property
     def run(self) -> Run:
-        return Run(*self[:5])
+        return Run(*self[:6])
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ def run_funnel(run: Run, settings: Settings) -> dict[str, float]:
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
     arguments = ["--task", run.task, "--data", str(settings.data), "--weights", str(settings.converted)]
     arguments += ["--blocks", run.blocks, "--seed", str(run.seed), "--epochs", str(run.epochs)]
+    arguments += ["--lr", str(run.lr), "--eval-every", "1000000"]  # only after the last step
     scores = train(arguments, folder, settings.jobs)
     shutil.rmtree(folder)
     return select_scores(scores, run.task)
@@ -144,68 +154,55 @@ class BertClassifier(nn.Module):
         logits: Tensor = self.bert(input_ids, attention_mask, bert_types).logits
         return logits
 
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Like `funnel.training.optim.param_groups`, for BERT's names: no weight decay for biases and LayerNorms."""
-        decayed: list[nn.Parameter] = []
-        not_decayed: list[nn.Parameter] = []
-        for name, parameter in self.named_parameters():
-            (not_decayed if name.endswith("bias") or "LayerNorm" in name else decayed).append(parameter)
-        return [{"params": decayed, "weight_decay": 0.01}, {"params": not_decayed, "weight_decay": 0.0}]
-
 
 def train_bert(run: Run, settings: Settings) -> dict[str, float]:
     """Trains transformers' BERT as train.py trains a Funnel; returns the scores on dev."""
-    task, device = locate_files(get_task(run.task), settings.data), torch.device("cpu")
-    set_seed(run.seed)
-    keep_freed_memory()
+    task = locate_files(get_task(run.task), settings.data)
     tokenizer = FunnelTokenizer.load(settings.source)
     train_set, dev_set = (
         encode_examples(task.files[split], task.label_ids, tokenizer, task.max_length) for split in ("train", "dev")
     )
-    model = BertClassifier(settings.source, task.num_labels).train()
-    dtype = choose_dtype(None, device, model.bert.config.hidden_size)
-    steps_per_epoch = -(-len(train_set) // task.batch_size)
-    total_steps = max(1, round(steps_per_epoch * run.epochs))
-    optimizer = torch.optim.AdamW(model.param_groups(), lr=task.learning_rate, eps=1e-6, fused=True)
-    schedule = LinearWarmupDecay(optimizer, task.learning_rate, range(total_steps), 0.1)
-    batches = islice(train_set.batches(task.batch_size, run.seed), total_steps)
-    for step, batch in enumerate(batches):
-        schedule.set(step)
-        with autocast(device, dtype):
-            logits = model(**batch.inputs)
-        loss_function(logits, batch.labels).backward()
-        clip_grad_norm(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    with autocast(device, dtype):
-        logits = predict_logits(model, dev_set)
-    scores = compute_metrics(logits, dev_set, task.metrics)
-    return select_scores(scores, run.task)
+    set_seed(run.seed)  # for the classifier
+    model = BertClassifier(settings.source, task.num_labels)
+    recipe = Recipe(task.batch_size, run.epochs, run.lr, run.seed, model.bert.config.hidden_size)
+    fit(model, train_set, recipe)
+    return select_scores(score(model, dev_set, task.metrics, recipe.dtype), run.task)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
 def table(results: list[Result]) -> str:
-    """A Markdown table with one line per task, model and number of epochs."""
-    groups: dict[tuple[str, str, float], list[Result]] = {}
-    for result in sorted(results, key=lambda r: (r.task, r.epochs, r.blocks != BERT, r.blocks, r.seed)):
-        groups.setdefault((result.task, result.blocks, result.epochs), []).append(result)
+    """A Markdown table with one line per task, model and settings."""
+    groups: dict[tuple[str, float, float, str], list[Result]] = {}
+    for result in sorted(results, key=lambda r: (r.task, r.epochs, r.lr, -relative_flops(r.blocks), r.blocks, r.seed)):
+        groups.setdefault((result.task, result.epochs, result.lr, result.blocks), []).append(result)
     lines = [
-        "| task | model | epochs | seeds | last evaluation on dev, mean (lowest to highest) |",
-        "|---|---|---|---|---|",
+        "| task | epochs | lr | model | FLOPs | seeds | last evaluation on dev, mean ± standard error |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for (task, blocks, epochs), group in groups.items():
+    for (task, epochs, lr, blocks), group in groups.items():
         scores = ", ".join(describe_scores(metric, [run.scores[metric] for run in group]) for metric in group[0].scores)
-        model = "BERT (the source)" if blocks == BERT else f"Funnel {blocks}"
-        lines.append(f"| {get_task(task).title} | {model} | {epochs:g} | {len(group)} | {scores} |")
+        flops = f"{relative_flops(blocks):.2f}"
+        model = "BERT" if blocks == BERT else f"`{blocks}`"
+        lines.append(f"| {get_task(task).title} | {epochs:g} | {lr:g} | {model} | {flops} | {len(group)} | {scores} |")
     return "\n".join(lines)
 
 
+@lru_cache
+def relative_flops(blocks: str) -> float:
+    """FLOPs of a classifier at `LENGTH` tokens, relative to transformers' BERT, which computes its whole last layer."""
+    with torch.device("meta"):
+        bert = FunnelBaseModel(MINILM).eval()
+    with FlopCounterMode(display=False) as counter, attention_backend("eager"), torch.no_grad():
+        bert(torch.ones(1, LENGTH, dtype=torch.int64, device="meta"))
+    return 1.0 if blocks == BERT else total_flops(MINILM.replace(blocks=blocks), LENGTH) / counter.get_total_flops()
+
+
 def describe_scores(metric: str, values: list[float]) -> str:
-    """Mean and range in percent."""
-    low, high = min(values) * 100, max(values) * 100
-    return f"{metric} {statistics.mean(values) * 100:.1f}" + (f" ({low:.1f} to {high:.1f})" if len(values) > 1 else "")
+    """Mean and standard error in percent."""
+    error = f" ± {100 * statistics.stdev(values) / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
+    return f"{metric} {statistics.mean(values) * 100:.1f}{error}"
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -214,12 +211,15 @@ def describe_scores(metric: str, values: list[float]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["cola", "rte", "stsb"])
+    parser.add_argument("--tasks", nargs="+", default=["cola", "rte", "mrpc", "stsb"])
     parser.add_argument("--data", type=Path, help="folder with a folder per task, such as CoLA and SST-2")
     parser.add_argument("--source", type=Path, help="folder of a BERT in transformers' format")
-    parser.add_argument("--models", nargs="+", default=[BERT, "2,2,2"], help="layouts, and BERT for the source itself")
+    parser.add_argument(
+        "--models", nargs="+", default=[BERT, "6", "4,2", "3,3", "2,2,2", "1,5"], help="layouts, and BERT for the source itself"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, help="(default: the task's)")
+    parser.add_argument("--lr", type=float, help="learning rate (default: the task's)")
     parser.add_argument("--out", type=Path, default=Path("runs/glue"), help="folder of the runs (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: %(default)s)")
@@ -241,7 +241,14 @@ def main() -> None:
     if not args.report:
         convert_source(settings)
         requested = [
-            Run(args.source.name, task, blocks, seed, args.epochs or get_task(task).epochs)
+            Run(
+                args.source.name,
+                task,
+                blocks,
+                seed,
+                args.epochs or get_task(task).epochs,
+                args.lr or get_task(task).learning_rate,
+            )
             for seed in args.seeds
             for task in args.tasks
             for blocks in args.models

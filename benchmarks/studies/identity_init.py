@@ -1,11 +1,13 @@
 """Distance between a new layout and its source before training: compares the final [CLS] state on real texts.
 
-    python -m benchmarks.studies.identity_init --data GLUE/SST-2 --weights weights/minilm
+    python -m benchmarks.studies.identity_init --data GLUE/SST-2 --weights MINILM --base 2,2,2
 
-Prints a Markdown table for the inits "identity" and "copy": the mean over texts of |new - old| / |old|, and of the cosine.
+With --base, the weights are first converted to this layout. Prints a Markdown table for the inits "identity" and "copy": the
+mean over texts of |new - old| / |old|, and of the cosine.
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ from torch import Tensor
 
 from funnel.data.dataset import encode_examples
 from funnel.data.tasks import Task, TaskArgs, load_task
+from funnel.model.heads import FunnelBaseModel
 from funnel.weights.build import WeightsArgs, build_classifier
+from funnel.weights.load import read_source, resolve
 
 LAYOUTS = ("3,3,3", "4,4,4", "2,2,2,2", "2,2,2,2,2,2,2", "4,4,4,4,4,4,4", "3,3", "1,1,1,1,1,1", "1,1,1", "2,2")
 
@@ -35,16 +39,26 @@ def main() -> None:
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--data", type=Path, help="folder with the task's files (default: download them)")
     parser.add_argument("--weights", default="funnel-transformer/small", help="hub id or folder (default: %(default)s)")
+    parser.add_argument("--base", metavar="LAYOUT", help="layout of the source (default: that of the weights)")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
     parser.add_argument("--texts", type=int, default=200, help="number of dev texts (default: %(default)s)")
     args = parser.parse_args()
     task = load_task(TaskArgs(args.task, args.data))
-    source = cls_states(WeightsArgs(args.weights), task, args.texts)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.base is not None:
+            FunnelBaseModel.from_pretrained(args.weights, blocks=args.base).save_pretrained(folder)
+            read_source(resolve(args.weights)).require_tokenizer().save(folder)
+        print_table(args, folder if args.base is not None else args.weights, task)
+
+
+def print_table(args: argparse.Namespace, weights: str, task: Task) -> None:
+    """Prints the distances of all layouts from the weights' own layout."""
+    source = cls_states(WeightsArgs(weights), task, args.texts)
     print("| layout | identity: distance | cosine | copy: distance | cosine |\n|---|---|---|---|---|")
     for blocks in args.layouts:
         cells = []
         for init in ("identity", "copy"):
-            new = cls_states(WeightsArgs(args.weights, blocks, init), task, args.texts)
+            new = cls_states(WeightsArgs(weights, blocks, init), task, args.texts)
             distance = ((new - source).norm(dim=1) / source.norm(dim=1)).mean()
             cells += [f"{distance:.3f}", f"{torch.cosine_similarity(new, source).mean():.4f}"]
         print(f"| {blocks} | {' | '.join(cells)} |", flush=True)

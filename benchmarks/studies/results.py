@@ -11,9 +11,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from funnel.io import read_json
+from funnel.model.config import FunnelConfig, parse_blocks
 
 Run = TypeVar("Run")
 ROOT = Path(__file__).parents[2]
+MINILM = FunnelConfig(  # sizes of MiniLM-L6-H384, with which the stored results were measured
+    blocks=parse_blocks("6"),
+    num_decoder_layers=0,
+    d_model=384,
+    n_head=12,
+    d_head=32,
+    d_inner=1536,
+    relative_attention=False,
+    position_embeddings=512,
+    token_type_embeddings=2,
+)
 
 
 def run_all(run: Callable[[Run], Any], runs: Iterable[Run], jobs: int, path: Path) -> list[Any]:

@@ -1,9 +1,11 @@
-"""Token swapping in the study of BERT conversion."""
+"""The study of BERT conversion: token swapping, and the table cells."""
 
 import torch
+from conftest import padded_batch, tiny_config
 
-from benchmarks.studies.bert_conversion import swap_tokens
+from benchmarks.studies.bert_conversion import ClsStates, cls_states, distance, order_effect, swap_tokens
 from funnel.data.dataset import Batch
+from funnel.model.heads import FunnelBaseModel
 
 
 def test_two_different_neighbors_of_the_first_text_are_swapped() -> None:
@@ -15,3 +17,27 @@ def test_two_different_neighbors_of_the_first_text_are_swapped() -> None:
     swapped = swap_tokens(batch, torch.Generator().manual_seed(0))
     assert swapped[1].tolist() == ids[1].tolist()  # all tokens are equal
     assert ids[0, 1:4].tolist() == [7, 8, 9]  # the batch itself is unchanged
+
+
+def test_the_separator_is_not_swapped_if_there_are_two() -> None:
+    ids = torch.tensor([[0, 7, 8, 2, 2, 5, 6, 2]])
+    batch = Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), torch.zeros(1))
+    assert swap_tokens(batch, torch.Generator().manual_seed(0)).tolist() == [[0, 8, 7, 2, 2, 5, 6, 2]]
+
+
+def test_a_model_has_no_distance_from_itself_and_a_pooled_one_does() -> None:
+    config = tiny_config(num_decoder_layers=0, relative_attention=False, position_embeddings=20)
+    torch.manual_seed(0)
+    bert, pooled = (FunnelBaseModel(config.replace(blocks=blocks)).eval() for blocks in ("4", "2,2"))
+    batch = Batch(*padded_batch([20, 11, 7]), torch.zeros(3))
+    states = cls_states([batch], bert)
+    assert states.states.shape == states.changes.shape == (3, 16)
+    assert (distance(states, states), order_effect(states, states)) == ("0.00", "1.00, 1.00")
+    assert float(distance(cls_states([batch], pooled), states)) > 0.1
+
+
+def test_table_cells_are_relative_to_bert() -> None:
+    bert = ClsStates(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
+    funnel = ClsStates(torch.tensor([[6.5, 5.0], [3.5, 5.0]]), torch.tensor([[0.0, 6.0], [0.0, 0.0]]))
+    assert distance(funnel, bert) == "0.50"  # centered: 1.5 and -1.5 instead of 1 and -1
+    assert order_effect(funnel, bert) == "0.00, 2.00"

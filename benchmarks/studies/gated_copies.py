@@ -1,0 +1,102 @@
+"""Identity layers compared with gated copies as the start of new layers.
+
+    python -m benchmarks.studies.gated_copies --data GLUE/SST-2 --weights MINILM --layouts 2,2,2,2,2,2,2 4,4,4,4,4,4,4
+
+A gated copy computes y = (1 - c) x + c f(x), where f is a copy of an old layer and c rises from 0 to 1 over the first tenth of
+training (as in arXiv 2305.02869), so that it starts as the identity and ends as an ordinary layer. In a layer that pools, x is
+the pooled sequence. Prints the accuracy on dev after training as a Markdown table, one line per layout and start.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.studies.fit import Recipe, fit, score
+from funnel.data.dataset import Dataset, encode_examples
+from funnel.data.tasks import Task, TaskArgs, load_task
+from funnel.model.heads import FunnelForSequenceClassification
+from funnel.training.device import set_seed
+from funnel.weights.build import BuiltModel, WeightsArgs, build_classifier
+from funnel.weights.surgery import make_plan, write_plan
+
+STARTS = ("identity", "gated copy")
+GATED_SHARE = 0.1  # of all steps
+
+
+class Gate:
+    """The gate of all new layers of a model; opens with the number of forward passes in training."""
+
+    def __init__(self, model: FunnelForSequenceClassification, layers: list[nn.Module], steps: int) -> None:
+        self.step, self.steps = 0, steps
+        model.register_forward_pre_hook(self.count)
+        for layer in layers:
+            layer.register_forward_hook(self.mix)
+
+    def count(self, model: nn.Module, _: Any) -> None:
+        self.step += model.training
+
+    def mix(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        c = min(1.0, (self.step - 1) / self.steps)
+        return (1 - c) * inputs[0] + c * output
+
+
+def build(args: argparse.Namespace, layout: str, start: str, task: Task) -> tuple[BuiltModel, list[nn.Module]]:
+    """A classifier in a layout, and its new layers."""
+    built = build_classifier(WeightsArgs(args.weights, layout), task, task.max_length)
+    new = [row for row in built.plan if row.start != "keep"]
+    if start == "gated copy":
+        source = build_classifier(WeightsArgs(args.weights), task, task.max_length).model.config
+        plan = make_plan(source, built.model.config)
+        path = args.out / f"{layout}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_plan(path, [row._replace(start="copy") if row in new else row for row in plan])
+        built = build_classifier(WeightsArgs(args.weights, layout, layout_plan=path), task, task.max_length)
+    return built, [built.model.encoder.layers(row.block)[row.layer] for row in new]
+
+
+def train(args: argparse.Namespace, layout: str, start: str, seed: int) -> float:
+    """Trains one model; returns its accuracy on dev."""
+    task = load_task(TaskArgs("sst2", args.data))
+    set_seed(seed)  # for the classifier
+    built, new = build(args, layout, start, task)
+    train_set, dev_set = (encode(task, split, built) for split in ("train", "dev"))
+    built.calibrate(train_set)
+    recipe = Recipe(task.batch_size, args.epochs, args.lr, seed, built.model.config.d_model)
+    if start == "gated copy":
+        Gate(built.model, new, max(1, round(GATED_SHARE * args.epochs * len(train_set) / task.batch_size)))
+    fit(built.model, train_set, recipe)
+    return score(built.model, dev_set, ("accuracy",), recipe.dtype)["accuracy"]
+
+
+def encode(task: Task, split: str, built: BuiltModel) -> Dataset:
+    """One of the task's encoded sets."""
+    return encode_examples(task.files[split], task.label_ids, built.tokenizer, task.max_length)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with SST-2 (default: download it)")
+    parser.add_argument("--weights", required=True, help="hub id or folder")
+    parser.add_argument("--layouts", nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--epochs", type=float, default=0.25)
+    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gated"), help="folder of the layout plans (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    print("| layout | new layers | accuracy, mean (seeds) |\n|---|---|---|")
+    for layout in args.layouts:
+        for start in STARTS:
+            percents = [100 * train(args, layout, start, seed) for seed in args.seeds]
+            print(
+                f"| {layout} | {start} | {statistics.mean(percents):.1f} ({', '.join(f'{p:.1f}' for p in percents)}) |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
