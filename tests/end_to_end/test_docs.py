@@ -64,7 +64,9 @@ def home(tmp_path_factory, tiny_bert):
     for name in ("train.py", "convert_weights.py", "funnel", "benchmarks", "tests", "constraints.txt", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "docs").mkdir()
-    (folder / "MINILM").symlink_to(tiny_bert)
+    (folder / "google-bert").mkdir()
+    for name in ("MINILM", "google-bert/bert-base-uncased"):
+        (folder / name).symlink_to(tiny_bert)
     tokenizer = FunnelTokenizer.train([text for text, _ in ROWS])
     for name in ("funnel-transformer/small", "weights/minilm"):
         torch.manual_seed(0)
