@@ -81,9 +81,10 @@ class InputFormat(NamedTuple):
 
         The maximum length is limited by the model's position embeddings.
         """
-        recorded = cls.of_run(folder)
         if config.model_max_length is not None:
             recorded = cls(config.model_max_length, config.text_columns)
+        else:
+            recorded = cls.of_run(folder)
         return recorded._replace(max_length=config.limit_length(recorded.max_length))
 
     @classmethod

@@ -1,6 +1,5 @@
 """Shared by the studies: trains any classifier with train.py's batches, optimizer, schedule and dtype, in this process."""
 
-import re
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,7 +9,7 @@ from torch import nn
 from funnel.data.dataset import Dataset
 from funnel.training.device import autocast, choose_dtype, keep_freed_memory, seed_step, set_seed
 from funnel.training.evaluate import compute_metrics, loss_function, predict_logits
-from funnel.training.optim import LinearWarmupDecay, clip_grad_norm
+from funnel.training.optim import LinearWarmupDecay, clip_grad_norm, param_groups
 
 CPU = torch.device("cpu")
 
@@ -35,7 +34,7 @@ def fit(model: nn.Module, train_set: Dataset, recipe: Recipe) -> None:
     set_seed(recipe.seed)
     keep_freed_memory()
     total_steps = max(1, round(-(-len(train_set) // recipe.batch_size) * recipe.epochs))
-    optimizer = torch.optim.AdamW(_param_groups(model), lr=recipe.lr, eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(param_groups(model, 0.01), lr=recipe.lr, eps=1e-6, fused=True)
     schedule = LinearWarmupDecay(optimizer, recipe.lr, range(total_steps), 0.1)
     model.train()
     for step, batch in enumerate(islice(train_set.batches(recipe.batch_size, recipe.seed), total_steps)):
@@ -47,15 +46,6 @@ def fit(model: nn.Module, train_set: Dataset, recipe: Recipe) -> None:
         clip_grad_norm(model, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def _param_groups(model: nn.Module) -> list[dict[str, object]]:
-    """As `funnel.training.optim.param_groups`, for the names of transformers' models too."""
-    decayed: list[nn.Parameter] = []
-    not_decayed: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (not_decayed if re.search("bias|norm", name, re.IGNORECASE) else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": 0.01}, {"params": not_decayed, "weight_decay": 0.0}]
 
 
 def score(model: nn.Module, dataset: Dataset, metrics: tuple[str, ...], dtype: str) -> dict[str, float]:

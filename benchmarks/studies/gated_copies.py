@@ -20,6 +20,7 @@ from funnel.data.tasks import Task, TaskArgs, load_task
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.device import set_seed
 from funnel.weights.build import BuiltModel, WeightsArgs, build_classifier
+from funnel.weights.load import read_source_config, resolve
 from funnel.weights.surgery import make_plan, write_plan
 
 STARTS = ("identity", "gated copy")
@@ -45,16 +46,16 @@ class Gate:
 
 def build(args: argparse.Namespace, layout: str, start: str, task: Task) -> tuple[BuiltModel, list[nn.Module]]:
     """A classifier in a layout, and its new layers."""
-    built = build_classifier(WeightsArgs(args.weights, layout), task, task.max_length)
-    new = [row for row in built.plan if row.start != "keep"]
+    source = read_source_config(resolve(args.weights))
+    plan = make_plan(source, source.replace(blocks=layout))
+    weights = WeightsArgs(args.weights, layout)
     if start == "gated copy":
-        source = build_classifier(WeightsArgs(args.weights), task, task.max_length).model.config
-        plan = make_plan(source, built.model.config)
         path = args.out / f"{layout}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_plan(path, [row._replace(start="copy") if row in new else row for row in plan])
-        built = build_classifier(WeightsArgs(args.weights, layout, layout_plan=path), task, task.max_length)
-    return built, [built.model.encoder.layers(row.block)[row.layer] for row in new]
+        write_plan(path, [row if row.start == "keep" else row._replace(start="copy") for row in plan])
+        weights = WeightsArgs(args.weights, layout, layout_plan=path)
+    built = build_classifier(weights, task, task.max_length)
+    return built, [built.model.encoder.layers(row.block)[row.layer] for row in plan if row.start != "keep"]
 
 
 def train(args: argparse.Namespace, layout: str, start: str, seed: int) -> float:

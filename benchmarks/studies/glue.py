@@ -24,15 +24,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.studies.fit import Recipe, fit, score
-from benchmarks.studies.results import MINILM, ROOT, environment, read_results, run_all, train
+from benchmarks.studies.results import MINILM, ROOT, read_results, run_all, run_module, train
 from funnel.data.dataset import encode_examples
 from funnel.data.tasks import get_task, locate_files
 from funnel.data.tokenizer import FunnelTokenizer
-from funnel.model.attention_backends import attention_backend
-from funnel.model.flops import total_flops
+from funnel.model.flops import count_flops, total_flops
 from funnel.model.heads import FunnelBaseModel
 from funnel.training.device import set_seed
 from funnel.training.metrics import LOWER_IS_BETTER
@@ -126,10 +124,9 @@ def run_funnel(run: Run, settings: Settings) -> dict[str, float]:
 
 def run_bert(run: Run, settings: Settings) -> dict[str, float]:
     """Runs `train_bert` in a separate process."""
-    command = [sys.executable, "-m", "benchmarks.studies.glue", "--train-bert", json.dumps(run)]
+    command = ["benchmarks.studies.glue", "--train-bert", json.dumps(run)]
     command += ["--data", str(settings.data), "--source", str(settings.source)]
-    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment(settings.jobs), cwd=ROOT)
-    scores: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    scores: dict[str, float] = run_module(command, settings.jobs)
     return scores
 
 
@@ -194,9 +191,7 @@ def relative_flops(blocks: str) -> float:
     """FLOPs of a classifier at `LENGTH` tokens, relative to transformers' BERT, which computes its whole last layer."""
     with torch.device("meta"):
         bert = FunnelBaseModel(MINILM).eval()
-    with FlopCounterMode(display=False) as counter, attention_backend("eager"), torch.no_grad():
-        bert(torch.ones(1, LENGTH, dtype=torch.int64, device="meta"))
-    return 1.0 if blocks == BERT else total_flops(MINILM.replace(blocks=blocks), LENGTH) / counter.get_total_flops()
+    return 1.0 if blocks == BERT else total_flops(MINILM.replace(blocks=blocks), LENGTH) / count_flops(bert, LENGTH, 1)[""]
 
 
 def describe_scores(metric: str, values: list[float]) -> str:

@@ -15,7 +15,6 @@ import json
 import lzma
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from benchmarks.studies.fit import Recipe, fit, score
-from benchmarks.studies.results import MINILM, ROOT, environment, read_results, run_all
+from benchmarks.studies.results import MINILM, read_results, run_all, run_module
 from funnel.data.dataset import encode_examples
 from funnel.data.tasks import get_task, locate_files
 from funnel.model.config import FunnelConfig
@@ -140,11 +139,10 @@ class MeanPooled(nn.Module):
 
 def run_model(run: Run, settings: Settings) -> Result:
     """Trains one model in a separate process."""
-    command = [sys.executable, "-m", "benchmarks.studies.imdb", "--train", json.dumps(run), "--source", str(settings.source)]
+    command = ["benchmarks.studies.imdb", "--train", json.dumps(run), "--source", str(settings.source)]
     command += ["--folders", str(settings.folders)]
     print("+", run, file=sys.stderr, flush=True)
-    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment(settings.jobs), cwd=ROOT)
-    return Result(*json.loads(process.stdout.splitlines()[-1]))
+    return Result(*run_module(command, settings.jobs))
 
 
 def train(run: Run, settings: Settings) -> Result:

@@ -80,6 +80,18 @@ def train(arguments: Sequence[str], folder: Path, jobs: int) -> dict[str, float]
     return last
 
 
+def run_module(command: Sequence[str], jobs: int) -> Any:
+    """Runs a module in a separate process and returns the last line that it prints, parsed as JSON.
+
+    Args:
+        command: name of the module, and its arguments.
+        jobs: number of runs at a time, which share the cores.
+    """
+    arguments = [sys.executable, "-m", *command]
+    process = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True, env=environment(jobs), cwd=ROOT)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
 def environment(jobs: int) -> dict[str, str]:
     """Environment variables of one of `jobs` processes that share the cores."""
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}

@@ -51,7 +51,7 @@ def module_costs(config: FunnelConfig, length: int, batch_size: int = 1) -> list
         batch_size: examples per batch; the distances between positions are projected once per batch.
     """
     model = _meta_model(config)
-    flops = _count_flops(model, length, batch_size)
+    flops = count_flops(model, length, batch_size)
     lengths = pooling.block_lengths(length, config)
     activations = 3 * length * (config.embedding_size or config.d_model)
     parts = {"embeddings": ModuleCost("embeddings", 0, 0, length, 0, 0, activations)}
@@ -72,7 +72,7 @@ def module_costs(config: FunnelConfig, length: int, batch_size: int = 1) -> list
 
 def total_flops(config: FunnelConfig, length: int, batch_size: int = 1) -> int:
     """FLOPs of the whole forward pass per example; arguments as in `module_costs`."""
-    return _count_flops(_meta_model(config), length, batch_size)[""] // batch_size
+    return count_flops(_meta_model(config), length, batch_size)[""] // batch_size
 
 
 def count_parameters(config: FunnelConfig) -> int:
@@ -86,8 +86,13 @@ def _meta_model(config: FunnelConfig) -> FunnelPreTrainedModel:
 
 
 @torch.no_grad()
-def _count_flops(model: FunnelPreTrainedModel, length: int, batch_size: int) -> dict[str, int]:
-    """FLOPs of a forward pass over a batch, by module name; "" is the whole model."""
+def count_flops(model: FunnelPreTrainedModel, length: int, batch_size: int) -> dict[str, int]:
+    """FLOPs of a forward pass over a batch, by module name; "" is the whole model.
+
+    Args:
+        model: on the meta device, in evaluation mode.
+        length, batch_size: as in `module_costs`.
+    """
     with FlopCounterMode(display=False) as counter, attention_backend("eager"):
         model(torch.ones(batch_size, length, dtype=torch.int64, device="meta"))
     root = type(model).__name__

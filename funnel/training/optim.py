@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for AdamW: weight matrices with weight decay; biases, the distance bias and LayerNorms without."""
+    """Two groups for AdamW: weight matrices with weight decay; biases and LayerNorms without.
+
+    They are told apart by name, which works for transformers' models, too.
+    """
     decayed: list[nn.Parameter] = []
     not_decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (not_decayed if re.search("bias$|distance_bias|layer_norm", name) else decayed).append(parameter)
+        (not_decayed if re.search("bias|norm", name, re.IGNORECASE) else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
 
 

@@ -298,9 +298,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> FunnelConfig:
         **_task_fields(values),
     }
     for field, name in family.fields.items():
-        value = values.get(name)
-        if value is None:
-            value = family.defaults.get(field, DEFAULTS.get(field))
+        value = _get(values, name, family.defaults.get(field, DEFAULTS.get(field)))
         fields[field] = value if field in NOT_SIZES else _positive_integer(value, name, MAX_SIZE, path)
     width, heads = fields["d_model"], fields["n_head"]
     if width % heads:
@@ -318,7 +316,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> FunnelConfig:
     return FunnelConfig.from_dict(fields, str(path))
 
 
-def _get(values: Mapping[str, Any], name: str, default: int) -> Any:
+def _get(values: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of a field; the default if it is missing or null."""
     value = values.get(name)
     return default if value is None else value
