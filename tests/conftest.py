@@ -1,8 +1,10 @@
 """Shared test helpers: tiny configs and batches, commands in a subprocess, and the project's shared data if available."""
 
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ SHARED = Path(os.environ.get("FUNNEL_SHARED", ROOT.parent / "shared"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers already use all cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # runs Triton's kernels on the CPU
 torch.set_num_threads(1)  # tiny models gain nothing from more threads
 
 
@@ -129,6 +133,19 @@ def reference_probabilities(folder: Path, text: str, pair: str | None = None) ->
     with torch.no_grad():
         logits = model(torch.tensor([encoding.input_ids]), None, torch.tensor([encoding.token_type_ids]))
     return logits[0].double().softmax(0).tolist()
+
+
+@pytest.fixture
+def compile_with(monkeypatch) -> Iterator[Callable[[Any], None]]:
+    """A function that sets the backend of torch.compile; graph breaks are errors. Restores torch.compile's settings."""
+    torch._dynamo.reset()
+    compile = torch.compile
+    with (
+        torch._dynamo.config.patch(cache_size_limit=8, optimize_ddp=True),
+        torch.fx.experimental._config.patch(use_duck_shape=True),
+    ):
+        yield lambda backend: monkeypatch.setattr(torch, "compile", functools.partial(compile, backend=backend, fullgraph=True))
+    torch._dynamo.reset()
 
 
 def count_compiled_graphs(model: torch.nn.Module, only_real_tokens: bool = False) -> int:

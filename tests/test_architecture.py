@@ -102,15 +102,19 @@ def parameters_of(node: ast.FunctionDef) -> list[str]:
     return [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
 
 
-# Kernels, and calls that read better with keyword arguments.
+# Calls that read better with keyword arguments; besides these, Triton's kernels.
 MANY_PARAMETERS = {"forward", "from_pretrained", "option"}
+
+
+def is_kernel(node: ast.FunctionDef) -> bool:
+    return any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 @pytest.mark.parametrize("path", [*LIBRARY, "train.py", "convert_weights.py", "funnel/cli/common.py"])
 def test_functions_have_at_most_four_parameters(path):
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    assert [f.name for f in functions if len(parameters_of(f)) > 4 and f.name not in MANY_PARAMETERS] == []
+    assert [f.name for f in functions if len(parameters_of(f)) > 4 and f.name not in MANY_PARAMETERS and not is_kernel(f)] == []
 
 
 @pytest.mark.parametrize("package", [p.name for p in (ROOT / "funnel").iterdir() if (p / "__init__.py").exists()])

@@ -1,13 +1,15 @@
-"""Attention backends: three implementations of one function, from `AttentionTerms` to the attention's output.
+"""Attention backends: implementations of one function, from `AttentionTerms` to the attention's output.
 
 eager  plain PyTorch operations; the reference that the others are tested against
-sdpa   PyTorch's scaled_dot_product_attention; the default on accelerators
+sdpa   PyTorch's scaled_dot_product_attention; the default on accelerators where `fused` is not available
+fused  Triton kernels (fused_attention.py), where Triton is installed; the default for relative attention on GPUs
 tiled  tile by tile, with a hand-written backward pass (tiled_attention.py); the default on CPUs
 
 Shapes: b examples, q queries, k keys, h heads, c = d_head.
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
@@ -36,6 +38,17 @@ def sdpa(terms: AttentionTerms, dropout_p: float) -> Tensor:
     query, k, v = (x.transpose(1, 2) for x in (q, terms.k, terms.v))
     context = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, dropout_p=dropout_p, scale=1.0)
     return context.transpose(1, 2)
+
+
+def fused(terms: AttentionTerms, dropout_p: float) -> Tensor:
+    """Uses the Triton kernels for relative attention without a distance bias, otherwise `sdpa`. Returns [b, q, h, c]."""
+    if terms.relative is None:
+        return sdpa(terms, dropout_p)
+    from funnel.model import fused_attention  # requires Triton
+
+    if fused_attention.is_supported(terms):
+        return fused_attention.fused_attention(terms, dropout_p)
+    return sdpa(terms, dropout_p)
 
 
 def _attention_weights(terms: AttentionTerms) -> Tensor:
@@ -76,6 +89,9 @@ def _weighted_sum(weights: Tensor, terms: AttentionTerms, dropout_p: float) -> T
 
 
 BACKENDS: dict[str, Backend] = {"eager": eager, "sdpa": sdpa, "tiled": tiled_attention}
+if importlib.util.find_spec("triton") is not None:
+    BACKENDS["fused"] = fused
+_GPU_BACKEND = BACKENDS.get("fused", sdpa)
 
 # Set by the context managers below. Process-wide rather than per thread or context, because gradient checkpointing
 # recomputes the forward in autograd's own threads.
@@ -130,6 +146,9 @@ def compute_attention(terms: AttentionTerms, dropout_p: float) -> Tensor:
     """
     if _override is not None:
         return _override(terms, dropout_p)
+    device = terms.q.device.type
+    if device == "cuda":
+        return _GPU_BACKEND(terms, dropout_p)
     if torch.compiler.is_compiling():  # also during export: the compiler fuses the eager code itself
         return eager(terms, dropout_p)
-    return tiled_attention(terms, dropout_p) if terms.q.device.type == "cpu" else sdpa(terms, dropout_p)
+    return tiled_attention(terms, dropout_p) if device == "cpu" else sdpa(terms, dropout_p)

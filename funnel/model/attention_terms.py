@@ -35,7 +35,7 @@ class AttentionTerms(NamedTuple):
     Attributes:
         q: [b, q, h, c], queries divided by sqrt(c).
         k, v: [b, k, h, c], keys and values.
-        key_mask: [b, k], true where a key is not masked.
+        key_mask: [b, k], true where a key is not masked; every example has such a key.
         distance_bias: [h, q, k], added to the scores; or None.
         relative: the operands of the relative scores; or None.
     """
