@@ -20,6 +20,7 @@ s segment channels, d = d_model, l tokens of the model's input.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,13 +110,13 @@ class RelativeInputs(NamedTuple):
 
     Attributes:
         distances: [t, d], encodings of the distances between queries and keys, from the largest to the smallest.
-        step: spacing of the queries in units of the keys' spacing: 2 in a layer that pools its query, otherwise 1.
+        is_pooled: whether the queries are pooled and the keys are not, so that their spacing is twice that of the keys.
         query_segments, key_segments: [b, q, s] and [b, k, s]. The first channel is 1; the dot product of the others is 1
             if query and key are in the same segment, else 0. All channels of a separate [CLS] are 0.
     """
 
     distances: Tensor
-    step: int
+    is_pooled: bool  # torch.compile treats an int as a variable
     query_segments: Tensor
     key_segments: Tensor
 
@@ -173,7 +174,7 @@ def _relative_inputs(encodings: Tensor, queries: Positions, keys: Positions, con
     rows = (length - distances).clamp(0, 2 * length)
     return RelativeInputs(
         encodings[rows],
-        step,
+        step == 2,
         _segment_channels(queries, config, is_query=True).to(encodings.dtype),
         _segment_channels(keys, config, is_query=False).to(encodings.dtype),
     )
@@ -192,6 +193,47 @@ def _segment_channels(positions: Positions, config: FunnelConfig, is_query: bool
     return channels
 
 
+def prefers_joint_products(x: Tensor) -> bool:
+    """Whether to join the weights of several products of x into one: faster on accelerators, slower on CPUs.
+
+    False for the meta device, so that only the FLOPs of the equations are counted.
+    """
+    return x.device.type not in ("cpu", "meta")
+
+
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether only the weights of Linear or LayerNorm modules matter: they have no hooks and are not replaced by an adapter."""
+    return all(type(m) in (nn.Linear, nn.LayerNorm) and not m._forward_hooks and not m._forward_pre_hooks for m in modules)
+
+
+def joint_linear(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, ...]:
+    """The outputs of linear layers with the same input, [..., d] -> [..., n] each (views), in one matrix product.
+
+    Args:
+        layers: weights [n, d] and biases [n].
+    """
+    n = len(layers)
+    if padding := -sum(weight.shape[0] for weight, _ in layers) % 8:  # fast matrix products require a multiple of 8
+        layers = [*layers, (layers[0][0].new_zeros(padding, x.shape[-1]), None)]
+    weight = torch.cat([weight for weight, _ in layers])
+    bias = torch.cat([weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in layers])
+    return F.linear(x, weight, bias).split([weight.shape[0] for weight, _ in layers], dim=-1)[:n]
+
+
+def add_and_normalize(residual: Tensor, update: Tensor, layer_norm: nn.LayerNorm) -> Tensor:
+    """The LayerNorm of a sum, [..., d], in the residual's dtype.
+
+    On a GPU, autocast would convert the sum to float32 and LayerNorm would return float32. The kernel computes mean and
+    variance in float32 in any case.
+    """
+    total = residual + update
+    if total.device.type != "cuda" or not is_plain(layer_norm):
+        return layer_norm(total).to(residual.dtype)
+    with torch.autocast("cuda", enabled=False):
+        weight, bias = layer_norm.weight.to(total.dtype), layer_norm.bias.to(total.dtype)
+        return F.layer_norm(total, layer_norm.normalized_shape, weight, bias, layer_norm.eps).to(residual.dtype)
+
+
 class FunnelAttention(nn.Module):
     """Multi-head attention, followed by projection, dropout, residual and LayerNorm.
 
@@ -208,7 +250,7 @@ class FunnelAttention(nn.Module):
         super().__init__()
         self.n_head, self.d_head = config.n_head, config.d_head
         self.scale = 1 / math.sqrt(config.d_head)
-        self.separate_cls = config.separate_cls
+        self.separate_cls, self.relative_attention = config.separate_cls, config.relative_attention
         width = config.n_head * config.d_head
         self.q_head = nn.Linear(config.d_model, width, bias=not config.relative_attention)  # relative: its bias is r_w_bias
         self.k_head = nn.Linear(config.d_model, width)
@@ -225,25 +267,63 @@ class FunnelAttention(nn.Module):
         self.hidden_dropout = Dropout(config.hidden_dropout)
 
     def forward(self, query: Tensor, key_value: Tensor, inputs: AttentionInputs) -> Tensor:
-        # Every product contains the query, so scaling the query and its biases scales the scores.
-        q = self._split_heads(self.q_head(query)) * self.scale  # [b, q, h, d_head]
-        k, v = self._split_heads(self.k_head(key_value)), self._split_heads(self.v_head(key_value))  # [b, k, h, d_head]
-        relative = None if inputs.relative is None else self._relative_terms(q, inputs.relative)
+        directions = self._segment_directions() if self.relative_attention else None
+        q, k, v, segments = self._project(query, key_value, directions)
+        relative = None
+        if inputs.relative is not None and segments is not None:
+            relative = self._relative_terms(q, segments, inputs.relative)
         terms = AttentionTerms(q, k, v, inputs.key_mask, inputs.distance_bias, relative)
         dropout_p = self.attention_dropout if self.training else 0.0
         context = compute_attention(terms, dropout_p).flatten(2)  # [b, q, h * d_head]
-        return self.layer_norm(query + self.hidden_dropout(self.post_proj(context)))
+        return add_and_normalize(query, self.hidden_dropout(self.post_proj(context)), self.layer_norm)
 
-    def _relative_terms(self, q: Tensor, inputs: RelativeInputs) -> RelativeTerms:
+    def _segment_directions(self) -> Tensor:
+        """Two vectors per head: their dot products with a query (and its bias) are its score for a key in another segment, and
+        what a key in the same segment adds. [h, 2, d_head].
+        """
+        different, same = self.seg_embed  # [h, d_head] each
+        return torch.stack([different, same - different], dim=1)
+
+    def _project(
+        self, query: Tensor, key_value: Tensor, directions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Projects the inputs; queries and segment scores are divided by sqrt(d_head).
+
+        Returns:
+            Queries, keys and values, [b, q or k, h, d_head], and the segment scores [b, q, h, 2]: products of the queries and
+            the directions and of the bias and the directions; None without directions.
+        """
+        segments = None
+        if not prefers_joint_products(query) or not is_plain(self.q_head, self.k_head, self.v_head):
+            q, k, v = self.q_head(query), self.k_head(key_value), self.v_head(key_value)
+            if directions is not None:
+                segments = torch.einsum("bqhc,hsc->bqhs", self._split_heads(q), directions.to(q))
+        else:
+            q_layer, k_layer, v_layer = ((head.weight, head.bias) for head in (self.q_head, self.k_head, self.v_head))
+            segment_layers = []
+            if directions is not None:  # the products are linear in `query`, too
+                weight = directions @ self.q_head.weight.unflatten(0, (self.n_head, self.d_head))  # [h, 2, d]
+                segment_layers = [(weight.flatten(0, 1), None)]
+            if query is key_value:
+                q, k, v, *products = joint_linear(query, [q_layer, k_layer, v_layer, *segment_layers])
+            else:
+                q, *products = joint_linear(query, [q_layer, *segment_layers])
+                k, v = joint_linear(key_value, [k_layer, v_layer])
+            if products:
+                segments = products[0].unflatten(-1, (self.n_head, 2))
+        if segments is not None and directions is not None:
+            segments = (segments + (directions @ self.r_s_bias.unsqueeze(2)).squeeze(2).to(segments)) * self.scale
+        return self._split_heads(q) * self.scale, self._split_heads(k), self._split_heads(v), segments
+
+    def _relative_terms(self, q: Tensor, segments: Tensor, inputs: RelativeInputs) -> RelativeTerms:
         r = self._split_heads(inputs.distances.to(q) @ self.r_kernel.flatten(1).to(q))  # [t, h, d_head]
-        w_bias, r_bias, s_bias = ((bias * self.scale).to(q) for bias in (self.r_w_bias, self.r_r_bias, self.r_s_bias))
-
-        # The first channel gives every key the score of `different`; a matching segment's channel adds `same - different`.
-        different, same = self.seg_embed.to(q)
+        w_bias, r_bias = ((bias * self.scale).to(q) for bias in (self.r_w_bias, self.r_r_bias))
+        # The first channel gives every key the score of another segment; a matching segment's channel adds the difference.
         num_types = inputs.query_segments.shape[2] - 1
-        directions = torch.stack([different, *[same - different] * num_types], dim=1)  # [h, s, d_head]
-        segments = torch.einsum("bqhc,hsc->bqhs", q + s_bias, directions) * inputs.query_segments.unsqueeze(2).to(q)
-        return RelativeTerms(r, w_bias, r_bias, segments, inputs.key_segments.to(q), inputs.step, self.separate_cls)
+        channels = torch.cat([segments[..., :1], segments[..., 1:].expand(-1, -1, -1, num_types)], dim=-1)
+        channels = channels * inputs.query_segments.unsqueeze(2).to(q)  # [b, q, h, s]
+        step = 2 if inputs.is_pooled else 1
+        return RelativeTerms(r, w_bias, r_bias, channels, inputs.key_segments.to(q), step, self.separate_cls)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_head, self.d_head))

@@ -18,10 +18,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from funnel.model import pooling
-from funnel.model.attention import AttentionInputs, DistanceEncodings, FunnelAttention, PositionContext, attention_inputs
+from funnel.model.attention import (
+    AttentionInputs,
+    DistanceEncodings,
+    FunnelAttention,
+    PositionContext,
+    add_and_normalize,
+    attention_inputs,
+)
+from funnel.model.compilation import Region
 from funnel.model.config import FunnelConfig
 from funnel.model.dropout import Dropout
 from funnel.model.pooling import Positions
+
+# Evaluated here because torch.compile cannot trace it in all versions of PyTorch.
+AUTOCAST_DEVICES = [device for device in ("cpu", "cuda", "mps") if torch.amp.is_autocast_available(device)]
 
 
 def activation(name: str, x: Tensor) -> Tensor:
@@ -32,7 +43,7 @@ def activation(name: str, x: Tensor) -> Tensor:
     return functions[name](x)
 
 
-class FunnelEmbeddings(nn.Module):
+class FunnelEmbeddings(Region):
     """Word embeddings, LayerNorm, dropout. [b, l] -> [b, l, d].
 
     BERT-like models add position and token-type embeddings, and some project embeddings of another width to d_model.
@@ -57,6 +68,9 @@ class FunnelEmbeddings(nn.Module):
             self.projection = nn.Linear(width, config.d_model)
 
     def forward(self, input_ids: Tensor, mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        return self.run(input_ids, mask, token_type_ids)
+
+    def compute(self, input_ids: Tensor, mask: Tensor, token_type_ids: Tensor) -> Tensor:
         config = self.config
         hidden = self.word_embeddings(input_ids)
         if config.position_embeddings:
@@ -69,7 +83,7 @@ class FunnelEmbeddings(nn.Module):
             hidden = hidden + self.token_type_embeddings(is_second.to(input_ids.dtype))
         hidden = self.layer_norm(hidden)
         device = hidden.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))  # one dtype for all hidden states: nothing is cast twice
         hidden = self.dropout(hidden)
         return hidden if config.embedding_size is None else self.projection(hidden)
@@ -89,10 +103,10 @@ class FunnelFeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         inner = self.activation_dropout(activation(self.hidden_act, self.linear_1(hidden)))  # [b, p, d_inner]
-        return self.layer_norm(hidden + self.hidden_dropout(self.linear_2(inner)))
+        return add_and_normalize(hidden, self.hidden_dropout(self.linear_2(inner)), self.layer_norm)
 
 
-class FunnelLayer(nn.Module):
+class FunnelLayer(Region):
     """Attention and feed-forward network. query [b, q, d], key_value [b, k, d] -> [b, q, d].
 
     With `gradient_checkpointing`, it saves only its inputs and is recomputed in the backward pass, which takes a third more
@@ -107,10 +121,10 @@ class FunnelLayer(nn.Module):
 
     def forward(self, query: Tensor, key_value: Tensor, inputs: AttentionInputs) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._forward, query, key_value, inputs, use_reentrant=False)
-        return self._forward(query, key_value, inputs)
+            return checkpoint(self.run, query, key_value, inputs, use_reentrant=False)
+        return self.run(query, key_value, inputs)
 
-    def _forward(self, query: Tensor, key_value: Tensor, inputs: AttentionInputs) -> Tensor:
+    def compute(self, query: Tensor, key_value: Tensor, inputs: AttentionInputs) -> Tensor:
         return self.ffn(self.attention(query, key_value, inputs))
 
 

@@ -43,12 +43,15 @@ class ModuleCost(NamedTuple):
     activations: int
 
 
-def module_costs(config: FunnelConfig, length: int, batch_size: int = 1) -> list[ModuleCost]:
+def module_costs(
+    config: FunnelConfig, length: int, batch_size: int = 1, max_saved_keys: int = MAX_KEYS_TO_SAVE
+) -> list[ModuleCost]:
     """The costs of a classifier's parts, in order of execution; of a token classifier's if the config has a decoder.
 
     Args:
         length: tokens per example.
         batch_size: examples per batch; the distances between positions are projected once per batch.
+        max_saved_keys: layers with more keys recompute their attention weights in the backward pass instead of saving them.
     """
     model = _meta_model(config)
     flops = count_flops(model, length, batch_size)
@@ -56,12 +59,12 @@ def module_costs(config: FunnelConfig, length: int, batch_size: int = 1) -> list
     activations = 3 * length * (config.embedding_size or config.d_model)
     parts = {"embeddings": ModuleCost("embeddings", 0, 0, length, 0, 0, activations)}
     for index, block in enumerate(config.blocks):
-        activations = _block_activations(config, index, lengths)
+        activations = _block_activations(config, index, lengths, max_saved_keys)
         parts[f"encoder.blocks.{index}"] = ModuleCost(
             f"block {index}", block.layers, block.runs, lengths[index], 0, 0, activations
         )
     if layers := config.num_decoder_layers:
-        activations = layers * _layer_activations(config, length, length)
+        activations = layers * _layer_activations(config, length, length, max_saved_keys)
         parts["decoder"] = ModuleCost("decoder", layers, layers, length, 0, 0, activations)
     parts["classifier"] = ModuleCost("head", 0, 0, 0, 0, 0, 4 * config.d_model)
     bias_table = model.encoder.bias_table()
@@ -101,7 +104,7 @@ def count_flops(model: FunnelPreTrainedModel, length: int, batch_size: int) -> d
     }
 
 
-def _block_activations(config: FunnelConfig, index: int, lengths: list[int]) -> int:
+def _block_activations(config: FunnelConfig, index: int, lengths: list[int], max_saved_keys: int) -> int:
     """Elements per example that a block saves for its backward pass."""
     total = 0
     for run in range(config.blocks[index].runs):
@@ -109,18 +112,19 @@ def _block_activations(config: FunnelConfig, index: int, lengths: list[int]) -> 
         # The last layer of a text classifier computes only [CLS].
         queries = 1 if is_last and not config.num_decoder_layers else lengths[index]
         reads_unpooled = index > 0 and run == 0 and config.pool_q_only
-        total += _layer_activations(config, queries, lengths[index - 1] if reads_unpooled else lengths[index])
+        keys = lengths[index - 1] if reads_unpooled else lengths[index]
+        total += _layer_activations(config, queries, keys, max_saved_keys)
     return total
 
 
-def _layer_activations(config: FunnelConfig, queries: int, keys: int) -> int:
+def _layer_activations(config: FunnelConfig, queries: int, keys: int, max_saved_keys: int) -> int:
     """Elements per example that one run of a layer saves for its backward pass."""
     width = config.n_head * config.d_head
     hidden = 6 * queries * config.d_model  # inputs of both sublayers and both LayerNorms, and two dropout masks
     heads = (2 * queries + 2 * keys) * width
     if config.relative_attention:
         heads += queries * width + 2 * queries * config.n_head * SEGMENT_CHANNELS
-    scores = 2 * config.n_head * queries * keys if keys <= MAX_KEYS_TO_SAVE else 0  # weights and their dropout mask
+    scores = 2 * config.n_head * queries * keys if keys <= max_saved_keys else 0  # weights and their dropout mask
     return hidden + heads + scores + 2 * queries * config.d_inner
 
 

@@ -22,6 +22,7 @@ from funnel.io import existing_folder
 from funnel.model import pooling
 from funnel.model.attention import FunnelAttention
 from funnel.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, Checkpoint, best_checkpoint, load_weights, save_checkpoint
+from funnel.model.compilation import Region
 from funnel.model.config import FunnelConfig
 from funnel.model.dropout import Dropout
 from funnel.model.encoder import FunnelDecoder, FunnelEmbeddings, FunnelEncoder, FunnelLayer, activation
@@ -273,7 +274,7 @@ class FunnelModel(FunnelPreTrainedModel):
         return self.encode_and_decode(input_ids, attention_mask, token_type_ids)[-1]
 
 
-class ClassificationHead(nn.Module):
+class ClassificationHead(Region):
     """Linear, activation, dropout, linear, applied to one hidden state per example. [b, d] -> [b, outputs]."""
 
     def __init__(self, config: FunnelConfig, outputs: int) -> None:
@@ -284,6 +285,9 @@ class ClassificationHead(nn.Module):
         self.linear_out = nn.Linear(config.d_model, outputs)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        return self.run(hidden)
+
+    def compute(self, hidden: Tensor) -> Tensor:
         return self.linear_out(self.dropout(activation(self.classifier_act, self.linear_hidden(hidden))))
 
 

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from conftest import NONE, padded_batch, tiny_config
+import torch.nn.functional as F
+from conftest import ABSOLUTE, NONE, padded_batch, tiny_config
 
-from funnel.model import pooling
+from funnel.model import attention, pooling
 from funnel.model.attention import FunnelAttention, PositionContext, attention_inputs, distance_bucket, sinusoids
 from funnel.model.config import FunnelConfig
 from funnel.model.encoder import position_context
-from funnel.model.heads import FunnelModel
+from funnel.model.heads import FunnelForSequenceClassification, FunnelModel
 from funnel.model.pooling import Positions
 
 
@@ -146,3 +147,42 @@ def test_a_separate_cls_has_no_position_and_token_type_scores():
     other_types = types.clone()
     other_types[:, 0] = 0
     torch.testing.assert_close(model(ids, mask, types), model(ids, mask, other_types))
+
+
+# --- joint products ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, ABSOLUTE, {"pool_q_only": False}], ids=str)
+def test_joint_products_of_queries_keys_and_values_equal_separate_ones(changes, monkeypatch):
+    """GPUs use joint products, CPUs do not."""
+    gradients = []
+    for joint in (False, True):
+        monkeypatch.setattr(attention, "prefers_joint_products", lambda x, joint=joint: joint)
+        torch.manual_seed(0)
+        model = FunnelForSequenceClassification(tiny_config(blocks="2,2", **changes)).double()
+        logits = model(*padded_batch([13, 9]))
+        logits.square().sum().backward()
+        gradients.append([logits, *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["q_head", "k_head", "v_head"])
+def test_a_projection_with_a_hook_or_an_adapter_is_not_joined(name, monkeypatch):
+    monkeypatch.setattr(attention, "prefers_joint_products", lambda x: True)
+    layer = attention.FunnelAttention(tiny_config())
+    x, calls = torch.randn(2, 5, layer.post_proj.out_features), []
+    getattr(layer, name).register_forward_hook(lambda *_: calls.append(name))
+    layer._project(x, x, layer._segment_directions())
+    assert calls == [name]
+
+
+def test_queries_keys_and_values_of_one_sequence_take_one_product(monkeypatch):
+    monkeypatch.setattr(attention, "prefers_joint_products", lambda x: True)
+    config = tiny_config()
+    layer = attention.FunnelAttention(config)
+    x = torch.randn(2, 5, config.d_model)
+    for key_value, products in ((x, 1), (torch.randn(2, 9, config.d_model), 2)):
+        calls = []
+        monkeypatch.setattr(F, "linear", lambda *arguments, calls=calls: calls.append(1) or torch._C._nn.linear(*arguments))
+        layer._project(x, key_value, layer._segment_directions())
+        assert len(calls) == products

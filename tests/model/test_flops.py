@@ -58,7 +58,8 @@ def layer_flops(config, queries: int, keys: int, step: int, batch_size: int) -> 
         distances, segment_channels = keys + step * queries, 4
         projections += distances * d * width / batch_size
         scores += queries * distances * width  # position
-        scores += queries * width * segment_channels + config.n_head * queries * keys * segment_channels  # token type
+        scores += (queries + 1 / batch_size) * width * 2  # token type: of the queries, and of their bias
+        scores += config.n_head * queries * keys * segment_channels
     return 2 * (projections + scores + 2 * queries * d * inner)
 
 
