@@ -15,18 +15,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from funnel.cli.common import run_script
 from funnel.data.dataset import Batch, Dataset, encode_examples
-from funnel.data.tasks import Task, TaskArgs, load_task
+from funnel.data.device_batches import TrainingBatches
+from funnel.data.tasks import DEFAULT_DEV_SHARE, Task, TaskArgs, load_task
 from funnel.errors import FunnelError
 from funnel.options import RANDOM, option
-from funnel.training.device import DEVICES, DTYPES, autocast, choose_dtype, keep_freed_memory, peak_memory, seed_step, set_seed
+from funnel.training.cuda_graphs import step_runner
+from funnel.training.device import DEVICES, DTYPES, choose_dtype, keep_freed_memory, peak_memory, seed_step, set_seed
 from funnel.training.distributed import Distributed, exit_process, init_distributed
 from funnel.training.divergence import NonFiniteGuard
 from funnel.training.evaluate import evaluate, loss_function
-from funnel.training.optim import LinearWarmupDecay, clip_grad_norm, param_groups
+from funnel.training.optim import LinearWarmupDecay, build_adamw, clip_grad_norm, param_groups
 from funnel.training.progress import Progress, print_banner, print_data
 from funnel.training.run_dir import RunDir, describe_data
 from funnel.training.signals import GracefulStop
@@ -51,7 +52,8 @@ class TrainArgs(WeightsArgs, TaskArgs):
     dtype: str | None = option(None, "dtype of matrix products (default: bf16 if faster)", choices=tuple(DTYPES))
     grad_accum: int = option(1, "micro-batches per step: less memory, same gradient", metavar="N", bounds="[1, inf)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    compile: bool = option(False, "use torch.compile")
+    compile: bool = option(False, "compile embeddings, layers and head with torch.compile (slow start)")
+    no_cuda_graphs: bool = option(False, "on a single GPU: launch every kernel separately, without CUDA graphs")
     fsdp: bool = option(False, "with torchrun: shard weights and optimizer state across processes (FSDP2)")
     out: Path | None = option(None, "run folder (default: runs/TASK-BLOCKS-seedN)")
     resume: bool = option(False, "continue the run in --out, with its arguments; --epochs may be increased")
@@ -75,9 +77,8 @@ def load(args: TrainArgs, dist: Distributed, run: RunDir) -> tuple[TrainArgs, Ta
     """Loads data and model (on the CPU, from the checkpoint of a resumed run); fills in the task's defaults in `args`."""
     task = load_task(args)
     weights = args.weights or (RANDOM if task.name == "demo" else "funnel-transformer/small")
-    learning_rate = RANDOM_LEARNING_RATE if weights == RANDOM else task.learning_rate
-    args = replace(args, weights=weights, epochs=args.epochs or task.epochs, lr=args.lr or learning_rate)
-    args = replace(args, batch_size=args.batch_size or task.batch_size)
+    args = replace(args, weights=weights, lr=args.lr or (RANDOM_LEARNING_RATE if weights == RANDOM else task.learning_rate))
+    args = replace(args, epochs=args.epochs or task.epochs, batch_size=args.batch_size or task.batch_size)
     set_seed(args.seed)  # for randomly initialized weights
     keep_freed_memory()
     bytes_per_weight = 16 if dist.device.type == "cpu" else 4  # on a CPU, gradient and AdamW moments too
@@ -90,28 +91,28 @@ def load(args: TrainArgs, dist: Distributed, run: RunDir) -> tuple[TrainArgs, Ta
     eval_sets = {split: encode(file) for split, file in task.files.items()}
     train_set = eval_sets.pop("train")
     if not eval_sets:
-        train_set, eval_sets["dev"] = train_set.split(args.dev_share or 0.1, args.seed)
+        train_set, eval_sets["dev"] = train_set.split(args.dev_share or DEFAULT_DEV_SHARE, args.seed)
     built.calibrate(train_set)  # LayerNorms of new identity layers; a resumed run has none
     built.standardize_labels(train_set)  # for regression
     print_data(task, train_set, eval_sets)
     return args, task, built, train_set, eval_sets
 
 
-def train_step(batch: Batch, args: TrainArgs, components: TrainComponents, guard: NonFiniteGuard) -> Tensor:
+def train_step(batch: Batch, args: TrainArgs, components: TrainComponents, guard: NonFiniteGuard) -> torch.Tensor:
     """Takes one optimizer step; returns the loss (regression: of standardized labels), still on the device."""
     dist, wrapped, optimizer, scaler = components.dist, components.wrapped, components.optimizer, components.scaler
-    loss = torch.zeros((), device=dist.device)
-    micro_batches = batch.split(args.grad_accum)
+    loss, micro_batches = torch.zeros((), device=dist.device), batch.split(args.grad_accum)
     for i, micro in enumerate(micro_batches):
         with dist.sync_gradients(wrapped, is_last=i == len(micro_batches) - 1):
-            with autocast(dist.device, components.dtype):
+            with components.autocast():
                 logits = wrapped(**micro.inputs)
             micro_loss = loss_function(logits, micro.labels, components.model.config.label_std) * micro.weight
             scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     loss = dist.mean(loss)
     scaler.unscale_(optimizer)
-    guard.observe(loss, clip_grad_norm(components.model, 1.0))  # skips the update if it is not finite
+    norm = clip_grad_norm(components.model, 1.0, None if scaler.is_enabled() else optimizer)
+    guard.observe(loss, norm)  # skips the update if it is not finite
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -134,17 +135,18 @@ def train(args: TrainArgs, dist: Distributed, command: str) -> dict[str, float]:
     if dist.is_main and run.checkpoint is None:
         write_plan(run.folder / "layout_plan.json", built.plan)
 
-    # optimizer; a fused one can skip an update on the device, which NonFiniteGuard needs
+    # optimizer
     model.to(dist.device).train()
     model.set_gradient_checkpointing(args.gradient_checkpointing)
     wrapped = dist.wrap(model, fsdp=args.fsdp, compile=args.compile)
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, eps=1e-6, fused=True)
+    optimizer = build_adamw(param_groups(model, args.weight_decay), args.lr, dist.graph_device)
     schedule = LinearWarmupDecay(optimizer, args.lr, range(state.schedule_start, total_steps), state.warmup)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
     components = TrainComponents(dist, model, wrapped, tokenizer, optimizer, scaler, dtype)
     state.restore(components)
-    data = partial(train_set.batches, args.batch_size, args.seed, shard=dist.shard)
+    data = partial(TrainingBatches(train_set, dist.device), args.batch_size, args.seed, shard=dist.shard)
     guard = NonFiniteGuard(components, data, schedule, args)
+    take_step = step_runner(partial(train_step, args=args, components=components, guard=guard), components, args)
     print_banner(run, components, built.origin, built.note)
 
     # training loop: log, evaluate and save when due, then take the next step
@@ -173,12 +175,12 @@ def train(args: TrainArgs, dist: Distributed, command: str) -> dict[str, float]:
                 break
             schedule.set(state.step)
             seed_step(args.seed, state.step, dist.rank)
-            batch = next(batches).to(dist.device)
-            state.record_step(train_step(batch, args, components, guard))
+            batch = next(batches)
+            state.record_step(take_step(batch))
             progress.update(batch.n_examples)
     if stopping:
         stop.exit(f"rerun with --resume --out {run.folder} to continue from step {state.step:,}")
-    progress.print_summary()
+    progress.print_summary(take_step.description)
     return state.best
 
 

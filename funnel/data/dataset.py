@@ -16,8 +16,9 @@ import tempfile
 import warnings
 import weakref
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,12 +86,16 @@ class Batch:
         """The model's inputs and the labels."""
         return {**self.inputs, "labels": self.labels}
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Applies a function to every tensor."""
+        tensors: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors.items()}
+        return replace(self, **tensors)
+
     def to(self, device: torch.device | str) -> "Batch":
         """Copies the tensors to a device; the copy from CPU to GPU is asynchronous."""
-        tensors: dict[str, Any] = self.tensors
-        if torch.device(device).type == "cuda" and self.labels.device.type == "cpu":
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        is_upload = torch.device(device).type == "cuda" and self.labels.device.type == "cpu"
+        batch = self.map(Tensor.pin_memory) if is_upload else self
+        return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, n: int) -> list["Batch"]:
         """Splits the batch into `n` micro-batches whose sizes differ by at most one row.
@@ -104,6 +109,26 @@ class Batch:
             weight = self.weight * len(tensors["labels"]) / len(self.labels)
             micro_batches.append(replace(self, **tensors, weight=weight))
         return micro_batches
+
+
+class BatchRows(NamedTuple):
+    """One rank's rows of a global batch.
+
+    Attributes:
+        rows: [b], row numbers.
+        length: length of the longest example of the global batch.
+        weight, n_examples, world_size: as in `Batch`.
+    """
+
+    rows: np.ndarray
+    length: int
+    weight: float
+    n_examples: int
+    world_size: int
+
+    def complete(self, batch: Batch) -> Batch:
+        """The batch with these rows, its weight and sizes set."""
+        return replace(batch, weight=self.weight, n_examples=self.n_examples, world_size=self.world_size)
 
 
 class Truncation(NamedTuple):
@@ -190,6 +215,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @cached_property
+    def longest(self) -> int:
+        """Number of tokens of the longest example."""
+        return int(self.lengths.max())
+
     @property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each example, [n]."""
@@ -235,11 +265,15 @@ class Dataset:
         return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(types), torch.from_numpy(labels))
 
     def batches(self, batch_size: int, seed: int, *, start: int = 0, shard: Shard = WHOLE) -> Iterator[Batch]:
-        """Yields one training batch per step, indefinitely.
+        """Yields one training batch per step, indefinitely: the rows of `batch_rows`, padded to the global batch's length."""
+        for part in self.batch_rows(batch_size, seed, start=start, shard=shard):
+            yield part.complete(self.batch(part.rows, part.length))
+
+    def batch_rows(self, batch_size: int, seed: int, *, start: int = 0, shard: Shard = WHOLE) -> Iterator[BatchRows]:
+        """Yields this rank's row numbers, one batch per step, indefinitely.
 
         The batch of a step depends on `seed` and the step only, so that a resumed run sees the same batches. With several
-        ranks, each gets its rows of the global batch, padded to the width of the global batch. A rank without a row gets
-        the first row, with weight 0.
+        ranks, each gets its rows of the global batch. A rank without a row gets the first row, with weight 0.
 
         Args:
             batch_size: rows of the global batch.
@@ -248,15 +282,12 @@ class Dataset:
         epoch, offset = divmod(start, math.ceil(len(self) / batch_size))
         while True:
             for index in self.training_batches(batch_size, seed, epoch)[offset:]:
-                yield self._rank_batch(index, shard)
+                rank, world_size = shard
+                rows = np.array_split(index, world_size)[rank]
+                weight = len(rows) * world_size / len(index)
+                length = int(self.lengths[index].max())
+                yield BatchRows(rows if len(rows) else index[:1], length, weight, len(index), world_size)
             epoch, offset = epoch + 1, 0
-
-    def _rank_batch(self, index: np.ndarray, shard: Shard) -> Batch:
-        """One rank's rows of a global batch."""
-        rank, world_size = shard
-        rows = np.array_split(index, world_size)[rank]
-        batch = self.batch(rows if len(rows) else index[:1], width=int(self.lengths[index].max()))
-        return replace(batch, weight=len(rows) * world_size / len(index), n_examples=len(index), world_size=world_size)
 
     def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """The batches of one epoch as arrays of row numbers: shuffled, with texts of similar length in a batch.

@@ -19,6 +19,7 @@ from funnel.errors import FunnelError, format_list
 from funnel.io import cache_dir
 from funnel.options import check_options, option
 
+DEFAULT_DEV_SHARE = 0.1  # of the training examples, without a dev file
 CUSTOM = "custom"  # name of a task made of the user's own files
 CLASSIFICATION_METRICS = ("accuracy", "f1 (macro)")  # of the user's own files
 REGRESSION_METRICS = ("pearson", "spearman", "rmse")
@@ -301,7 +302,10 @@ class TaskArgs:
     )
     dev: Path | None = option(None, "your own file to evaluate on (default: a random split of the data)", metavar="FILE")
     dev_share: float | None = option(
-        None, "fraction of your own data to evaluate on, stratified by class (default: 0.1)", bounds="(0, 1)", metavar="SHARE"
+        None,
+        f"fraction of your own data to evaluate on, stratified by class (default: {DEFAULT_DEV_SHARE})",
+        bounds="(0, 1)",
+        metavar="SHARE",
     )
     text_column: str | None = option(
         None, "column of the texts in your own data; 0, 1, … if it has no header (default: text or sentence)", metavar="NAME"

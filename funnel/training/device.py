@@ -50,9 +50,13 @@ def choose_dtype(name: str | None, device: torch.device, d_model: int) -> str:
     return "fp32"
 
 
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
-    """A context in which matrix products run in `dtype`; weights stay in float32."""
-    return nullcontext() if dtype == "fp32" else torch.autocast(device.type, DTYPES[dtype])
+def autocast(device: torch.device, dtype: str, *, cache: bool = True) -> AbstractContextManager[Any]:
+    """A context in which matrix products run in `dtype`; weights stay in float32.
+
+    Args:
+        cache: whether a weight is cast once, and the result used until the context ends.
+    """
+    return nullcontext() if dtype == "fp32" else torch.autocast(device.type, DTYPES[dtype], cache_enabled=cache)
 
 
 def keep_freed_memory(keep: bool = True) -> None:

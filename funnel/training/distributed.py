@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from funnel.data.dataset import Shard
 from funnel.errors import FunnelError, exit_silently
+from funnel.model.compilation import compile_regions
 from funnel.model.encoder import FunnelLayer
 from funnel.training.device import choose_device
 
@@ -50,6 +51,11 @@ class Distributed:
     def is_main(self) -> bool:
         """Whether this process writes files and logs."""
         return self.rank == 0
+
+    @property
+    def graph_device(self) -> torch.device | None:
+        """The device if steps can be CUDA graphs: a GPU, used by a single process."""
+        return self.device if self.device.type == "cuda" and self.world_size == 1 else None
 
     @property
     def shard(self) -> Shard:
@@ -155,7 +161,10 @@ class Distributed:
         Args:
             fsdp: shard parameters, gradients and optimizer state across the ranks (FSDP2), layer by layer; changes
                 `model` in place. Otherwise DDP, if there are several ranks.
+            compile: compile the model's regions, in place (funnel/model/compilation.py).
         """
+        if compile:
+            compile_regions(model)
         if fsdp:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -168,19 +177,16 @@ class Distributed:
         elif self.world_size > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             model = nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
-        if compile:
-            model = torch.compile(model, dynamic=True)  # type: ignore[assignment]
         return model
 
     @contextlib.contextmanager
     def sync_gradients(self, wrapped: nn.Module, is_last: bool) -> Iterator[None]:
         """Restricts gradient communication to a step's last micro-batch."""
-        module = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's wrapper
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            with contextlib.nullcontext() if is_last else module.no_sync():
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            with contextlib.nullcontext() if is_last else wrapped.no_sync():
                 yield
             return
-        set_sync = getattr(module, "set_requires_gradient_sync", None)  # FSDP2
+        set_sync = getattr(wrapped, "set_requires_gradient_sync", None)  # FSDP2
         if set_sync is not None:
             set_sync(is_last)
         yield
@@ -195,9 +201,15 @@ class Distributed:
         return get_optimizer_state_dict(model, optimizer, options=self._state_options())
 
     def load_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Restores what `optimizer_state` returned, for any number of ranks; every rank must pass the full state."""
+        """Restores what `optimizer_state` returned, for any number of ranks; every rank must pass the full state.
+
+        Learning rates stay as they are: a CUDA graph needs the tensor that the optimizer was built with.
+        """
         options = StateDictOptions(full_state_dict=self.world_size > 1)
+        kept = [{name: group[name] for name in ("lr", "capturable")} for group in optimizer.param_groups]  # of this device
         set_optimizer_state_dict(model, optimizer, state, options=options)
+        for group, values in zip(optimizer.param_groups, kept, strict=True):
+            group.update(values)
 
     def _state_options(self) -> StateDictOptions:
         return StateDictOptions(full_state_dict=self.world_size > 1, cpu_offload=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from funnel.data.dataset import Batch
 from funnel.errors import FunnelError, exit_silently, plural
 from funnel.model.heads import FunnelPreTrainedModel
-from funnel.training.device import autocast, seed_step
+from funnel.training.device import seed_step
 from funnel.training.evaluate import Evaluation, check_finite_logits, loss_function
 from funnel.training.optim import LinearWarmupDecay, full_tensor
 from funnel.training.state import TrainComponents
@@ -79,7 +79,7 @@ class NonFiniteGuard:
         batch = next(self.batches(start=step)).to(dist.device)
         model.zero_grad()
         for micro in batch.split(self.args.grad_accum):
-            with autocast(dist.device, self.components.dtype):
+            with self.components.autocast():
                 loss, cause = forward_and_find_nonfinite(model, micro)
             cause = dist.first_result(cause)
             if cause is not None:  # on some rank: no rank may start a backward pass, which communicates under FSDP
@@ -110,7 +110,8 @@ def forward_and_find_nonfinite(model: FunnelPreTrainedModel, batch: Batch) -> tu
     with_parameters = [(name, m) for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     handles = [module.register_forward_hook(hook(name)) for name, module in with_parameters]
     try:
-        loss = loss_function(model(**batch.inputs), batch.labels, model.config.label_std)
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not call the hooks
+            loss = loss_function(model(**batch.inputs), batch.labels, model.config.label_std)
     finally:
         for handle in handles:
             handle.remove()

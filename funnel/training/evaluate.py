@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funnel.data.dataset import WHOLE, Dataset, Shard
+from funnel.data.device_batches import padded_length
 from funnel.errors import FunnelError, StoppedBySignal, plural
 from funnel.training.device import autocast
 from funnel.training.metrics import LOSS, get_metric, rmse
@@ -88,6 +89,8 @@ def check_finite_logits(logits: Tensor, dataset: str, dtype: str) -> None:
 def predict_logits(model: nn.Module, dataset: Dataset, shard: Shard = WHOLE, poll: Callable[[], None] = lambda: None) -> Tensor:
     """Logits of all examples in the dataset's order, [n_examples, n_outputs], float32 on the CPU.
 
+    They are copied from the device once, at the end.
+
     Call it under `autocast`, so that the weights are cast once and cached for all batches.
 
     Args:
@@ -99,19 +102,19 @@ def predict_logits(model: nn.Module, dataset: Dataset, shard: Shard = WHOLE, pol
     batches = list(dataset.evaluation_batches(BATCH_SIZE))
     rank, world_size = shard
     rounds = math.ceil(len(batches) / world_size)
-    logits: Tensor | None = None
+    outputs: list[Tensor] = []
     try:
         for number in range(rank, rounds * world_size, world_size):
             poll()
             rows = batches[min(number, len(batches) - 1)]  # FSDP needs the same number of forward passes on every rank
-            output = model(**dataset.batch(rows).to(device).inputs).float().cpu()
-            if logits is None:
-                logits = output.new_zeros(len(dataset), output.shape[1])
-            if number < len(batches):
-                logits[torch.from_numpy(rows)] = output
+            batch = dataset.batch(rows, padded_length(dataset, int(dataset.lengths[rows].max()), device))
+            outputs.append(model(**batch.to(device).inputs).float())
     finally:
         model.train(was_training)
-    assert logits is not None  # a dataset has at least one example
+    computed = torch.cat(outputs).cpu()  # a dataset has at least one example
+    logits = computed.new_zeros(len(dataset), computed.shape[1])
+    rows = np.concatenate([np.empty(0, int), *batches[rank::world_size]])  # without the repetitions of the last batch
+    logits[torch.from_numpy(rows)] = computed[: len(rows)]
     return logits
 
 

@@ -73,14 +73,18 @@ class Progress:
                 text = format_scores({"step": self.state.step, **scores})
                 self.bar.write(text + ("" if split == "dev" else f" ({split})"))
 
-    def print_summary(self) -> None:
-        """Prints the last and the best evaluation, the training time, and where the results are; only on rank 0."""
+    def print_summary(self, graphs: str = "") -> None:
+        """Prints the last and the best evaluation, the training time, and where the results are; only on rank 0.
+
+        Args:
+            graphs: number and memory of the CUDA graphs, if there were any.
+        """
         if not self.run.is_main:
             return  # rank 0 may still be writing the files
         print(f"\nlast on dev: {format_scores(self.state.last)}\nbest on dev: {format_scores(self.state.best)}")
         files = f"checkpoints and metrics.jsonl are in {self.run.folder} ({self.run.size() / 1e6:,.1f} MB)"
         if self.examples:
-            rate = f"{self.examples / self.seconds:.0f} examples/s"
+            rate = f"{self.examples / self.seconds:.0f} examples/s{graphs and f' with {graphs}'}"
             print(f"{self.seconds / 60:.1f} minutes of training, {rate}; {files}")
         else:
             print(files)

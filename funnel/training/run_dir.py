@@ -50,7 +50,7 @@ STATE = "training_state.pt"
 PER_PROCESS = frozenset(("out", "resume", "debug", "fsdp"))
 # Arguments that may change on resume: they do not affect the result, or settings derived from the data cover their effect.
 MAY_CHANGE = PER_PROCESS | frozenset(
-    "epochs device gradient_checkpointing log_every save_every keep_checkpoints keep_optimizer "
+    "epochs device gradient_checkpointing no_cuda_graphs log_every save_every keep_checkpoints keep_optimizer "
     "data dev dev_share text_column text_pair_column label_column problem".split()
 )
 NOT_SETTINGS = MAY_CHANGE - {"epochs", "data", "dev_share"}  # arguments that the settings in run.json omit

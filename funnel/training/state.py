@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError, plural
 from funnel.model.heads import FunnelPreTrainedModel
+from funnel.training.device import autocast
 from funnel.training.distributed import Distributed
 from funnel.training.metrics import selection_key
 
@@ -24,7 +26,7 @@ class TrainComponents:
 
     Attributes:
         model: the model itself, for evaluation and checkpoints.
-        wrapped: the model to call in training steps, wrapped by DDP, FSDP2 or torch.compile if they are used.
+        wrapped: the model to call in training steps, wrapped by DDP or FSDP2 if they are used.
         scaler: disabled unless `dtype` is "fp16".
         dtype: dtype of matrix products, a key of `DTYPES`.
     """
@@ -36,6 +38,14 @@ class TrainComponents:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: str
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a training step's forward pass.
+
+        Without autocast's cache on CUDA, where the step may be captured as a CUDA graph, and in eager steps, too, so that
+        both compute the same: the gradient of a weight that is used twice is summed in another dtype if its cast is shared.
+        """
+        return autocast(self.dist.device, self.dtype, cache=self.dist.device.type != "cuda")
 
 
 @dataclass

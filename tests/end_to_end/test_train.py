@@ -253,10 +253,10 @@ def test_divergence_is_detected_within_log_every_steps(tmp_path, monkeypatch, ca
     steps = 0
     original = train.train_step
 
-    def count(*args):
+    def count(*args, **options):
         nonlocal steps
         steps += 1
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(train, "train_step", count)
     monkeypatch.setattr(train, "loss_function", nan_at_steps({3}, train.loss_function))

@@ -11,6 +11,7 @@ from conftest import padded_batch, tiny_config
 from funnel.data.dataset import Batch
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
+from funnel.model.compilation import compile_regions
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.distributed import Distributed
 from funnel.training.divergence import NonFiniteGuard, find_nonfinite_gradient, forward_and_find_nonfinite
@@ -93,6 +94,15 @@ def test_a_cause_that_does_not_recur_is_reported_as_such(components):
 
 
 def test_the_first_layer_with_a_nonfinite_output_is_named(components):
+    components.model.encoder.blocks[1][0].ffn.linear_1.weight.data[0, 0] = math.inf
+    _, cause = forward_and_find_nonfinite(components.model, make_batch())
+    assert "encoder.blocks.1.0.ffn.linear_1" in cause
+
+
+def test_the_layer_is_named_also_if_the_model_is_compiled(components, compile_with):
+    compile_with("eager")
+    compile_regions(components.model.train())
+    components.model(**make_batch().inputs)
     components.model.encoder.blocks[1][0].ffn.linear_1.weight.data[0, 0] = math.inf
     _, cause = forward_and_find_nonfinite(components.model, make_batch())
     assert "encoder.blocks.1.0.ffn.linear_1" in cause

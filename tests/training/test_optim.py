@@ -1,5 +1,7 @@
 """Parameter groups, learning-rate schedule and gradient clipping."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from conftest import padded_batch, tiny_config
 from torch import nn
 
 from funnel.model.heads import FunnelForSequenceClassification
+from funnel.training.distributed import Distributed
 from funnel.training.evaluate import loss_function
-from funnel.training.optim import LinearWarmupDecay, clip_grad_norm, param_groups
+from funnel.training.optim import LinearWarmupDecay, build_adamw, clip_grad_norm, param_groups
 
 
 def test_weight_decay_applies_only_to_matrices():
@@ -73,3 +76,88 @@ def test_clipping_uses_the_norm_over_all_gradients():
     expected = global_norm()
     assert float(clip_grad_norm(model, 0.5)) == pytest.approx(expected, rel=1e-5)
     assert global_norm() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_a_fused_optimizer_that_clips_takes_the_same_step_as_one_after_clipping(max_norm):
+    weights = []
+    for is_fused in (True, False):
+        torch.manual_seed(0)
+        model = FunnelForSequenceClassification(tiny_config())
+        optimizer = torch.optim.AdamW(param_groups(model, 0.01), lr=0.01, eps=1.0, fused=True)  # eps: no sign descent
+        for scale in (100, 1):
+            loss_function(model(*padded_batch([5, 7])), torch.tensor([0, 1])).mul(scale).backward()
+            norm = clip_grad_norm(model, max_norm, optimizer if is_fused else None)
+            assert scale == 1 or float(norm) > 0.5
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+
+
+def test_a_step_without_clipping_after_one_with_clipping_is_not_scaled():
+    model = FunnelForSequenceClassification(tiny_config())
+    optimizer = build_adamw(param_groups(model, 0.01), 0.01)
+    loss_function(model(*padded_batch([5, 7])), torch.tensor([0, 1])).backward()
+    clip_grad_norm(model, 1e-3, optimizer)
+    assert float(optimizer.grad_scale) > 1
+    optimizer.step()
+    assert optimizer.grad_scale is None
+
+
+# --- optimizers whose steps a CUDA graph may contain ------------------------------------------------------------------
+
+CPU = torch.device("cpu")  # torch's implementation for CPUs accepts the same settings
+
+
+def train_a_few_steps(model, optimizer, steps=range(3)):
+    linear = LinearWarmupDecay(optimizer, 0.01, range(10), 0.5)
+    for step in steps:
+        linear.set(step)
+        loss_function(model(*padded_batch([5, 7])), torch.tensor([0, 1])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def make_model_and_optimizer(capture_on):
+    torch.manual_seed(0)
+    model = FunnelForSequenceClassification(tiny_config())
+    return model, build_adamw(param_groups(model, 0.01), 0.01, capture_on)
+
+
+def assert_equal_weights(model, other):
+    for parameter, expected in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-4)  # a hundredth of the updates
+
+
+def test_a_tensor_learning_rate_is_filled_in_place():
+    _, optimizer = make_model_and_optimizer(CPU)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    LinearWarmupDecay(optimizer, 0.5, range(10), 0.2).set(0)
+    assert all(group["lr"] is rate and float(rate) == 0.25 for group, rate in zip(optimizer.param_groups, rates, strict=True))
+    assert all(group["capturable"] for group in optimizer.param_groups)
+
+
+def test_a_tensor_learning_rate_gives_the_same_updates():
+    (model, optimizer), (expected, reference) = make_model_and_optimizer(CPU), make_model_and_optimizer(None)
+    train_a_few_steps(model, optimizer)
+    train_a_few_steps(expected, reference)
+    assert_equal_weights(model, expected)
+
+
+@pytest.mark.parametrize("saved_on", [CPU, None])
+@pytest.mark.parametrize("loaded_on", [CPU, None])
+def test_restoring_a_state_keeps_the_kind_of_learning_rate(saved_on, loaded_on):
+    dist, (source, saved) = Distributed(CPU), make_model_and_optimizer(saved_on)
+    train_a_few_steps(source, saved)
+    model, optimizer = make_model_and_optimizer(loaded_on)
+    before = [group["lr"] for group in optimizer.param_groups]
+    dist.load_optimizer_state(model, optimizer, copy.deepcopy(dist.optimizer_state(source, saved)))
+    for group, rate in zip(optimizer.param_groups, before, strict=True):
+        assert group["lr"] is rate
+        assert float(rate) == pytest.approx(0.01)
+        assert group["capturable"] == (loaded_on is not None)
+    model.load_state_dict(source.state_dict())
+    train_a_few_steps(model, optimizer, steps=range(3, 5))
+    train_a_few_steps(source, saved, steps=range(3, 5))
+    assert_equal_weights(model, source)
