@@ -3,7 +3,7 @@
     pip install -c constraints.txt -e '.[bench]'
     python -m benchmarks.speed.compare forward                     # logits, and a lower bound from the matrix products
     python -m benchmarks.speed.compare step                        # forward, backward, clipping, AdamW
-    python -m benchmarks.speed.compare latency                     # one sentence, all settings
+    python -m benchmarks.speed.compare latency                     # one sentence, all settings, and onnxruntime (extra: onnx)
     python -m benchmarks.speed.compare memory                      # peak beyond the weights, one process per measurement
     python -m benchmarks.speed.compare epoch --data GLUE/SST-2 --weights weights/minilm    # texts per second on real text
 
@@ -22,7 +22,7 @@ import json
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from benchmarks.speed.matmul_limit import matmul_limit
-from benchmarks.speed.measure import Measurement, alternate, device_name, timer
+from benchmarks.speed.measure import Measurement, alternate, device_name, median_timer, timer
 from benchmarks.speed.models import (
     RELEASED_LAYOUT,
     SIDES,
@@ -42,8 +42,10 @@ from benchmarks.speed.models import (
     mixed_precision,
     random_batch,
 )
+from benchmarks.speed.onnx_models import onnx_runs
 from benchmarks.speed.peak_memory import PeakMemory
 from benchmarks.speed.real_text import BATCH_SIZE, RealText
+from funnel.data.dataset import Batch
 from funnel.training.device import choose_device
 from funnel.weights.build import WeightsArgs
 
@@ -83,24 +85,29 @@ class Result(NamedTuple):
 # --- modes ------------------------------------------------------------------------------------------------------------
 
 
-def forward(options: Options, with_limit: bool = True) -> Iterator[Result]:
+def forward(options: Options) -> Iterator[Result]:
     """Times the logits of a classifier."""
     models = build_pair(options.blocks or RELEASED_LAYOUT, options.device)
     for dtype in options.dtypes:
-        for model in models.values():
-            model.to(torch.bfloat16 if dtype == "bf16w" else torch.float32)
         for shape in options.shapes:
             batch = random_batch(shape, options.device)
-            functions = {side: logits_function(model, batch) for side, model in models.items()}
             with torch.no_grad(), mixed_precision(options.device, dtype):
+                functions = forward_functions(models, batch, dtype, options)
                 sides = {side: timer(function, options.device) for side, function in functions.items()}
-                if with_limit:
-                    sides[LIMIT] = matmul_limit(functions["funnel"], options.device)
-                if options.compile:
-                    for side, function in functions.items():
-                        if compiled := compile_within(function, options.compile_limit):
-                            sides[f"{side}, compiled"] = timer(compiled, options.device)
+                sides[LIMIT] = matmul_limit(functions["funnel"], options.device)
                 yield Result("forward", shape, dtype, "seconds", alternate(options.rounds, sides, options.same_memory))
+
+
+def forward_functions(models: dict[str, nn.Module], batch: Batch, dtype: str, options: Options) -> dict[str, Logits]:
+    """The functions that compute the logits, eager and, with `options.compile`, compiled. Casts the models for "bf16w"."""
+    functions: dict[str, Logits] = {}
+    torch._dynamo.reset()  # not between the sides: it would discard the first one's code
+    for side, model in models.items():
+        model.to(torch.bfloat16 if dtype == "bf16w" else torch.float32)
+        functions[side] = logits_function(model, batch)
+        if options.compile and (compiled := compile_within(functions[side], options.compile_limit)):
+            functions[f"{side}, compiled"] = compiled
+    return functions
 
 
 def step(options: Options) -> Iterator[Result]:
@@ -111,6 +118,7 @@ def step(options: Options) -> Iterator[Result]:
         for shape in options.shapes:
             batch = random_batch(shape, options.device)
             sides: dict[str, Measurement] = {}
+            torch._dynamo.reset()
             for side, model in build_pair(options.blocks or RELEASED_LAYOUT, options.device).items():
                 logits = logits_function(model.train(), batch)
                 sides[side] = time_step(model, logits, batch.labels, options.device, dtype)
@@ -126,12 +134,26 @@ def time_step(model: nn.Module, logits: Logits, labels: torch.Tensor, device: to
 
 
 def latency(options: Options) -> Iterator[Result]:
-    """Times one sentence of 16 tokens in all settings, to compare the best setting of each side."""
-    options = replace(options, shapes=[(1, 16)], compile=True)
+    """Times one sentence of 16 tokens in all settings, to compare the best setting of each side, and onnxruntime."""
+    options, shape = replace(options, compile=True), (1, 16)
+    batch = random_batch(shape, options.device)
+    if options.device.type == "cpu":
+        for precision, runs in onnx_runs(build_pair(options.blocks or RELEASED_LAYOUT, options.device), batch).items():
+            yield Result("latency, onnxruntime", shape, precision, "seconds", time_latency(runs, options))
     values: dict[str, list[float]] = {}
-    for result in forward(options, with_limit=False):
-        values |= {f"{side}, {result.dtype}": times for side, times in result.values.items()}
-    yield Result("latency", (1, 16), "any", "seconds", values)
+    with torch.no_grad():
+        for dtype in options.dtypes:
+            models = build_pair(options.blocks or RELEASED_LAYOUT, options.device)
+            with mixed_precision(options.device, dtype):
+                times = time_latency(forward_functions(models, batch, dtype, options), options)
+            values |= {f"{side}, {dtype}": seconds for side, seconds in times.items()}
+    yield Result("latency, PyTorch", shape, "any", "seconds", values)
+
+
+def time_latency(functions: Mapping[str, Callable[[], Any]], options: Options) -> dict[str, list[float]]:
+    """Times functions as they run when nothing else does: several calls in a row."""
+    sides = {side: median_timer(function, options.device) for side, function in functions.items()}
+    return alternate(options.rounds, sides, options.same_memory)
 
 
 def memory(options: Options) -> Iterator[Result]:
@@ -169,7 +191,6 @@ def compile_within(function: Logits, limit: int) -> Logits | None:
     """The compiled function, or None if compiling takes longer than `limit` seconds or fails."""
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()
     compiled: Logits = torch.compile(function)
     try:
         with time_limit(limit), inductor.patch(freezing=not torch.is_grad_enabled()):

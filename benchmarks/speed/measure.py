@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +35,11 @@ def time_call(function: Callable[[], Any], device: torch.device) -> float:
 def timer(function: Callable[[], Any], device: torch.device) -> Measurement:
     """The measurement that times a function."""
     return lambda: time_call(function, device)
+
+
+def median_timer(function: Callable[[], Any], device: torch.device, calls: int = 20) -> Measurement:
+    """The measurement that calls a function several times and returns the median seconds of a call."""
+    return lambda: statistics.median(time_call(function, device) for _ in range(calls))
 
 
 def alternate(rounds: int, sides: Mapping[str, Measurement], same_memory: bool = False) -> dict[str, list[float]]:

@@ -5,6 +5,7 @@ The Trainer runs in a common configuration: texts padded to 128 tokens, float32.
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.speed.measure import Measurement, synchronize
-from benchmarks.speed.models import Trainer, logits_function, transformers_copy
+from benchmarks.speed.models import FunnelTrainer, Trainer, logits_function, transformers_copy
 from funnel.data.dataset import Batch, Dataset, encode_examples
 from funnel.data.tasks import Task, get_task, locate_files
+from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.device import choose_dtype
 from funnel.weights.build import BuiltModel, WeightsArgs, build_classifier
+from train import TrainArgs
 
 BATCH_SIZE = 32
 PADDED_LENGTH = 128  # of the Trainer's examples
@@ -42,11 +45,21 @@ class RealText:
 
     @classmethod
     def load(cls, data: Path | None, weights: WeightsArgs, device: torch.device) -> "RealText":
-        """SST-2 from a folder, or the demo task."""
+        """SST-2 from a folder, or the demo task.
+
+        Weights of the BERT family give a Funnel of the same sizes with random weights: transformers has no BERT that pools.
+        """
         task = locate_files(get_task("sst2" if data else "demo"), data)
         examples = task.files["train"]
         built = build_classifier(weights, task, task.max_length)
         dataset = encode_examples(examples, task.label_ids, built.tokenizer, task.max_length)
+        config = built.model.config
+        if config.family != "funnel":
+            config = config.replace(
+                family="funnel", relative_attention=True, distance_buckets=0, position_embeddings=0, position_offset=0,
+                token_type_embeddings=0,
+            )  # fmt: skip
+            built = built._replace(model=FunnelForSequenceClassification(config))
         return cls(task, built, dataset, choose_dtype(None, device, built.model.config.d_model), device)
 
     def measurements(self, steps: int, trainer_steps: int) -> dict[str, Measurement]:
@@ -56,17 +69,21 @@ class RealText:
             steps: steps per measurement.
             trainer_steps: the same for the Trainer, which is slower.
         """
-        model, copy = self.built.model, transformers_copy(self.built.model)
+        model, copy = (m.train().to(self.device) for m in (self.built.model, transformers_copy(self.built.model)))
+        peer = Trainer.create(copy, self.device, self.dtype)
+
+        def step_peer(batch: Batch) -> None:
+            peer.step(logits_function(copy, batch), batch.labels)
+
         shortest = 2 ** len(model.config.blocks)  # transformers fails on shorter sequences
         return {
-            "funnel": self._loop(model, steps, 1),
-            "transformers, same batches": self._loop(copy, steps, shortest),
+            "funnel": self._loop(FunnelTrainer(model, TrainArgs(), self.dtype).step, steps, 1),
+            "transformers, same batches": self._loop(step_peer, steps, shortest),
             "transformers, Trainer": self._trainer(transformers_copy(model), trainer_steps),
         }
 
-    def _loop(self, model: nn.Module, steps: int, shortest: int) -> Measurement:
-        """train.py's loop; each measurement continues where the last one ended."""
-        trainer = Trainer.create(model.train().to(self.device), self.device, self.dtype)
+    def _loop(self, take_step: Callable[[Batch], None], steps: int, shortest: int) -> Measurement:
+        """Steps on train.py's batches; each measurement continues where the last one ended."""
         remaining = self.dataset.training_batches(BATCH_SIZE, seed=0, epoch=0)
 
         def texts_per_second() -> float:
@@ -74,7 +91,7 @@ class RealText:
             started, num_texts = time.perf_counter(), 0
             for rows in [remaining.pop() for _ in range(steps)]:
                 batch = pad(self.dataset.batch(rows), shortest).to(self.device)
-                trainer.step(logits_function(model, batch), batch.labels)
+                take_step(batch)
                 num_texts += len(rows)
             synchronize(self.device)
             return num_texts / (time.perf_counter() - started)

@@ -4,11 +4,15 @@ funnel convert funnel-transformer/small weights/small      # from the hub
 funnel convert DIR weights/mine                            # the format is detected; also BERT, RoBERTa, ELECTRA, …
 funnel convert runs/mine out --to huggingface              # for transformers' from_pretrained
 funnel convert runs/mine out --to onnx                     # one file for onnxruntime (extra: onnx)
+funnel convert runs/mine out --to onnx --quantize int8     # with int8 weights; compares accuracy and latency
 """
 
 import argparse
+import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from funnel.weights.load import Source
 
 TARGETS = ("funnel", "huggingface", "onnx")
+QUANTIZATIONS = ("int8",)
 ON_INTERRUPT = "nothing was written"
 
 
@@ -26,7 +31,7 @@ def add_convert(commands: "argparse._SubParsersAction[ArgumentParser]") -> None:
     """Adds the subcommand to `funnel`."""
     parser = commands.add_parser("convert", help="convert a checkpoint to another format", description=__doc__)
     _add_arguments(parser)
-    parser.set_defaults(work=lambda args: convert(args.source, args.out, args.to), on_interrupt=ON_INTERRUPT)
+    parser.set_defaults(work=lambda args: convert(args.source, args.out, args.to, args.quantize), on_interrupt=ON_INTERRUPT)
 
 
 def main(program: str, arguments: list[str] | None = None) -> int:
@@ -44,32 +49,41 @@ def main(program: str, arguments: list[str] | None = None) -> int:
         args = parser.parse_args(arguments)
     except SystemExit as end:  # after --help or a usage error
         return int(end.code or 0)
-    return run_command(program, lambda: convert(args.source, args.out, args.to), on_interrupt=ON_INTERRUPT, debug=args.debug)
+    work = partial(convert, args.source, args.out, args.to, args.quantize)
+    return run_command(program, work, on_interrupt=ON_INTERRUPT, debug=args.debug)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="checkpoint folder in any format, run folder, or hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     parser.add_argument("--to", choices=TARGETS, default="funnel", help="format to write (default: %(default)s)")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="onnx: store weights in int8 (dynamic quantization)")
 
 
-def convert(source: str, out: Path, to: str = "funnel") -> None:
+def convert(source: str, out: Path, to: str = "funnel", quantize: str | None = None) -> None:
     """Converts a checkpoint and prints a summary.
+
+    With `quantize`, the summary compares latency with float32 weights and, if the source is a run, the scores on its dev set.
 
     Args:
         source: a checkpoint folder, a run folder, or a hub id.
         out: the folder to write.
         to: one of `TARGETS`.
+        quantize: None or one of `QUANTIZATIONS`, for ONNX.
 
     Raises:
-        FunnelError: the source cannot be read, `out` exists or cannot be written, or the format `to` has no such model;
-            then nothing is written.
+        FunnelError: the source cannot be read, `out` exists or cannot be written, or the format `to` has no such model
+            or cannot be quantized; then nothing is written.
     """
     from funnel.io import atomic_folder
     from funnel.model.checkpoint import Checkpoint, save_checkpoint
-    from funnel.weights.export import max_length, write_onnx, write_transformers
+    from funnel.weights.export import check_can_quantize, max_length, write_onnx, write_transformers
     from funnel.weights.load import read_source, resolve
 
+    if quantize is not None:
+        if to != "onnx":
+            raise FunnelError(f"quantize {quantize}: only ONNX files can be quantized; add --to onnx", "quantize")
+        check_can_quantize()
     if out.exists():
         raise FunnelError(f"{out} already exists; choose a new folder or remove it")
     try:
@@ -91,6 +105,8 @@ def convert(source: str, out: Path, to: str = "funnel") -> None:
                 write_transformers(target, checkpoint)
             else:
                 write_onnx(target, checkpoint)
+            if quantize is not None:
+                _quantize(target / "model.onnx", loaded)
             if tokenizer is not None and to == "huggingface":
                 config = loaded.config
                 token_types = 3 if config.relative_attention else config.token_type_embeddings  # Funnel's [CLS] has a type
@@ -100,6 +116,22 @@ def convert(source: str, out: Path, to: str = "funnel") -> None:
     num_parameters = sum(tensor.numel() for tensor in loaded.weights.values())
     files = ", ".join(sorted(path.name for path in out.iterdir()))
     print(f"wrote     {out}: {len(loaded.weights)} weights, {num_parameters:,} parameters ({files})")
+
+
+def _quantize(path: Path, source: "Source") -> None:
+    """Replaces an ONNX file with a quantized one and prints how the two compare."""
+    from funnel.analysis.onnx_report import compare_graphs, load_dev_set
+    from funnel.weights.export import quantize_onnx
+
+    try:
+        dev = load_dev_set(source)
+    except FunnelError as error:
+        dev = None
+        print(f"no dev set to measure the accuracy on: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        original = Path(shutil.move(path, folder))
+        quantize_onnx(original, path)
+        print(compare_graphs({"fp32": original, "int8": path}, dev))
 
 
 def _print_source(source: "Source") -> None:

@@ -5,13 +5,20 @@ The files take input_ids, attention_mask and token_type_ids, [b, l] int64 each, 
 logits. They use the eager attention backend, whose operations both formats support. Inputs are padded to a multiple of
 2**(blocks - 1) inside the graph; this does not change results (see pooling.py) and lets one graph serve all lengths. A text
 that is longer than the table of absolute positions is an error at run time.
+
+ONNX files can be quantized. That is dynamic: the weights are stored in int8, with a scale per output channel, and onnxruntime
+rounds the other operand of each product to 8 bits at run time. Embeddings are int8, too. The products of two hidden states in
+attention, softmax, LayerNorm and activations stay in float32.
 """
 
 import contextlib
+import importlib
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +78,7 @@ def export_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     Raises:
         FunnelError: the extra "onnx" is not installed.
     """
-    try:
-        import onnxscript  # noqa: F401  # required by the exporter
-    except ImportError as error:
-        raise FunnelError(
-            f"ONNX export requires the onnx extra ({error_reason(error)}); run pip install 'funnel-transformer[onnx]'"
-        ) from None
+    _import_extra("onnxscript", "ONNX export")  # used by the exporter
     with _silence_exporter():
         torch.onnx.export(
             program,
@@ -89,6 +91,35 @@ def export_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
             external_data=False,
             verbose=False,
         )
+
+
+def quantize_onnx(source: Path, target: Path) -> None:
+    """Writes an ONNX file with int8 weights, for the same inputs.
+
+    Raises:
+        FunnelError: the extra "onnx" is not installed.
+    """
+    check_can_quantize()
+    from onnxruntime.quantization import quant_pre_process, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder, "model.onnx")
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)  # folds constants, so that all weights are found
+        quantize_dynamic(prepared, target, per_channel=True)
+
+
+def check_can_quantize() -> None:
+    """Raises FunnelError if the extra "onnx", which `quantize_onnx` needs, is not installed."""
+    _import_extra("onnxruntime.quantization", "quantization")
+
+
+def _import_extra(module: str, purpose: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise FunnelError(
+            f"{purpose} requires the onnx extra ({error_reason(error)}); run pip install 'funnel-transformer[onnx]'"
+        ) from None
 
 
 def max_length(config: FunnelConfig) -> int:

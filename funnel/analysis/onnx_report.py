@@ -1,0 +1,124 @@
+"""Accuracy and latency of ONNX exports, side by side.
+
+The accuracy is that on the dev set of the run that was exported, read again from the run's files.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from funnel.data.dataset import Dataset, encode_examples
+from funnel.data.tasks import DEFAULT_DEV_SHARE, TaskArgs, load_task
+from funnel.errors import FunnelError, plural
+from funnel.inference import run_record
+from funnel.training.evaluate import BATCH_SIZE, compute_metrics
+from funnel.training.progress import format_scores
+from funnel.training.run_dir import read_arguments
+from funnel.weights.export import INPUTS, max_length
+from funnel.weights.load import Source
+
+NUM_TIMED = 100  # texts
+NUM_WARMUP = 10
+RANDOM_LENGTH = 16  # tokens of the text that is timed if there is no dev set
+
+Feed = dict[str, np.ndarray]  # the graph's inputs, [b, l] each
+
+
+class DevSet(NamedTuple):
+    """A run's dev set, and the metrics of its task.
+
+    Attributes:
+        label_names: of the classifier's outputs.
+    """
+
+    dataset: Dataset
+    metrics: tuple[str, ...]
+    label_names: list[str]
+
+
+def load_dev_set(source: Source) -> DevSet:
+    """Reads and encodes the dev set of the run that a classifier comes from.
+
+    Raises:
+        FunnelError: the classifier is not from a run, or the run's files are missing or have changed.
+    """
+    run = next((folder for folder in (source.folder, source.folder.parent) if (folder / "run.json").is_file()), None)
+    if run is None:
+        raise FunnelError(f"{source.folder} is not part of a run")
+    task = load_task(TaskArgs(**read_arguments(run, TaskArgs)))
+    arguments, settings = run_record(run, "arguments"), run_record(run)
+    split = "dev" if "dev" in task.files else "train"
+    tokenizer = source.require_tokenizer()
+    dataset = encode_examples(task.files[split], task.label_ids, tokenizer, max_length(source.config))
+    if split == "train":
+        _, dataset = dataset.split(arguments.get("dev_share") or DEFAULT_DEV_SHARE, arguments.get("seed", 0))
+    if dataset.digest != settings.get("digests", {}).get("dev"):
+        raise FunnelError(f"the run's {split} file has changed since training")
+    return DevSet(dataset, task.metrics, list(source.config.id2label.values()))
+
+
+def compare_graphs(files: Mapping[str, Path], dev: DevSet | None) -> str:
+    """Runs ONNX files of one classifier with onnxruntime and returns a line for each, and one that says what was measured.
+
+    The threads are as many as PyTorch's. The latency is the median over texts that are passed one at a time: the first ones
+    of the dev set, or a text of `RANDOM_LENGTH` tokens.
+
+    Args:
+        files: by name.
+        dev: None measures only the latency.
+    """
+    if dev is None:
+        texts = [_random_feed()] * NUM_TIMED
+        note = f"latency: one text of {RANDOM_LENGTH} tokens, median of {NUM_TIMED} calls"
+    else:
+        texts = [_feed(dev.dataset, np.array([row % len(dev.dataset)])) for row in range(NUM_TIMED)]
+        note = f"dev: {plural(len(dev.dataset), 'example')}; latency: one text at a time, median of {NUM_TIMED}"
+    lines = []
+    for name, path in files.items():
+        session = _open(path)  # one at a time: waiting threads of a second one would spin
+        measured = [f"{_median_milliseconds(session, texts):.1f} ms per text", f"{path.stat().st_size / 1e6:.1f} MB"]
+        if dev is not None:
+            logits = torch.from_numpy(_predict(session, dev.dataset))
+            measured.insert(0, format_scores(compute_metrics(logits, dev.dataset, dev.metrics, dev.label_names)))
+        lines.append(f"{name:<9} {', '.join(measured)}")
+        del session
+    return "\n".join([*lines, f"{'':<9} {note}, {plural(torch.get_num_threads(), 'thread')}"])
+
+
+def _open(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _feed(dataset: Dataset, rows: np.ndarray) -> Feed:
+    batch = dataset.batch(rows)
+    return {name: batch.inputs[name].numpy() for name in INPUTS}
+
+
+def _random_feed() -> Feed:
+    ones = np.ones((1, RANDOM_LENGTH), dtype=np.int64)  # the token does not matter
+    return dict(zip(INPUTS, (ones, ones, 0 * ones), strict=True))
+
+
+def _median_milliseconds(session: Any, texts: list[Feed]) -> float:
+    times = []
+    for text in texts[:NUM_WARMUP] + texts:
+        started = time.perf_counter()
+        session.run(None, text)
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times[NUM_WARMUP:])
+
+
+def _predict(session: Any, dataset: Dataset) -> np.ndarray:
+    """Logits of all examples in order, [n_examples, n_outputs]."""
+    batches = list(dataset.evaluation_batches(BATCH_SIZE))
+    logits = np.concatenate([session.run(None, _feed(dataset, rows))[0] for rows in batches])
+    return logits[np.argsort(np.concatenate(batches))]
