@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ from funnel.data.dataset import Batch
 from funnel.model.checkpoint import Checkpoint
 from funnel.model.config import FunnelConfig, parse_blocks
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.training.device import autocast
+from funnel.training.cuda_graphs import step_runner
+from funnel.training.device import autocast, seed_step
+from funnel.training.distributed import Distributed
+from funnel.training.divergence import NonFiniteGuard
 from funnel.training.evaluate import loss_function
-from funnel.training.optim import param_groups
+from funnel.training.optim import LinearWarmupDecay, build_adamw, param_groups
+from funnel.training.state import TrainComponents, TrainState
 from funnel.weights.huggingface import write_huggingface
+from train import TrainArgs, train_step
 
 SIDES = ("funnel", "transformers")
 RELEASED_LAYOUT = "4,4,4"
@@ -78,7 +84,7 @@ def mixed_precision(device: torch.device, dtype: str) -> AbstractContextManager[
 
 @dataclass(frozen=True)
 class Trainer:
-    """A model with the optimizer that both sides use; `step` does what a step of train.py does."""
+    """A model with the optimizer that both sides use, and a plain training step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -99,3 +105,31 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+class FunnelTrainer:
+    """Takes steps as train.py does; `step` returns without waiting for the device."""
+
+    def __init__(self, model: FunnelForSequenceClassification, args: TrainArgs, dtype: str) -> None:
+        device = next(model.parameters()).device
+        dist = Distributed(device)
+        wrapped = dist.wrap(model, compile=args.compile)
+        optimizer = build_adamw(param_groups(model, args.weight_decay), 1e-5, dist.graph_device)
+        self.schedule = LinearWarmupDecay(optimizer, 1e-5, range(10_000), 0.1)
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
+        tokenizer: Any = None  # only checkpoints use it
+        components = TrainComponents(dist, model, wrapped, tokenizer, optimizer, scaler, dtype)
+        guard = NonFiniteGuard(components, lambda start: iter(()), self.schedule, args)
+        self.state = TrainState()
+        take_step = partial(train_step, args=args, components=components, guard=guard)
+        self.runner = step_runner(take_step, components, args)
+
+    def step(self, batch: Batch) -> None:
+        """One turn of train.py's loop, without logging."""
+        self.schedule.set(self.state.step)
+        seed_step(0, self.state.step, 0)
+        self.state.record_step(self.runner(batch))
+
+    def step_without_graph(self, batch: Batch) -> None:
+        """Runs the step eagerly, to measure its memory; advances neither schedule nor seed."""
+        self.runner.step(batch)
