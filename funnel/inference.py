@@ -55,13 +55,16 @@ class Prediction(NamedTuple):
     probabilities: dict[str, float]
 
 
+def run_folder(folder: Path) -> Path | None:
+    """The folder of a run, given it or one of the run's checkpoints; None if it is neither."""
+    return next((path for path in (folder, folder.parent) if (path / RUN_FILE).is_file()), None)
+
+
 def run_record(folder: Path, name: str = "settings") -> dict[str, Any]:
     """An object in the run.json of a run, given its folder or one of its checkpoints; empty if there is none."""
-    for path in (folder / RUN_FILE, folder.parent / RUN_FILE):
-        if path.is_file():
-            values = read_json(path).get(name)
-            return values if isinstance(values, dict) else {}
-    return {}
+    run = run_folder(folder)
+    values = None if run is None else read_json(run / RUN_FILE).get(name)
+    return values if isinstance(values, dict) else {}
 
 
 class InputFormat(NamedTuple):

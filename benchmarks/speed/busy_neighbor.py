@@ -9,6 +9,7 @@ process, alternately on the idle machine and with one busy process per core.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -30,34 +31,24 @@ BUSY_LOOP = "while True: pass"
 
 def measure_rates(args: argparse.Namespace) -> list[tuple[float, float]]:
     """Examples per second of this process in alternating rounds: (idle, with one busy process per core)."""
-    import torch
-
     import train
-    from funnel.training.device import choose_dtype, keep_freed_memory, seed_step
+    from benchmarks.speed.models import FunnelTrainer
+    from funnel.training.device import choose_dtype, keep_freed_memory
     from funnel.training.distributed import init_distributed
-    from funnel.training.divergence import NonFiniteGuard
-    from funnel.training.optim import LinearWarmupDecay, param_groups
     from funnel.training.run_dir import RunDir
-    from funnel.training.state import TrainComponents
 
     keep_freed_memory()
     with init_distributed("cpu", fsdp=False) as dist:
         train_args = train.TrainArgs(weights=args.weights, blocks=args.blocks)
         train_args, _, built, train_set, _ = train.load(train_args, dist, RunDir(Path()))
         model = built.model.train()
-        optimizer = torch.optim.AdamW(param_groups(model, 0.01), lr=1e-5, eps=1e-6, fused=True)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        dtype = choose_dtype(None, dist.device, model.config.d_model)
-        components = TrainComponents(dist, model, model, built.tokenizer, optimizer, scaler, dtype)
-        guard = NonFiniteGuard(components, train_set.batches, LinearWarmupDecay(optimizer, 1e-5, range(10**6), 0.1), train_args)
+        trainer = FunnelTrainer(model, train_args, choose_dtype(None, dist.device, model.config.d_model))
         batches = train_set.batches(train_args.batch_size, train_args.seed)
 
         def measure() -> float:
             started, examples = time.perf_counter(), 0
-            for step in range(args.steps):
-                batch = next(batches)
-                seed_step(0, step)
-                train.train_step(batch, train_args, components, guard)
+            for batch in itertools.islice(batches, args.steps):
+                trainer.step(batch)
                 examples += batch.n_examples
             return examples / (time.perf_counter() - started)
 

@@ -12,7 +12,6 @@ three times the FLOPs of a forward pass, divided by the step's time and by the p
 import argparse
 import contextlib
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.speed.measure import median_timer, synchronize
 from benchmarks.speed.models import FunnelTrainer, Trainer, logits_function, random_batch, transformers_copy
 from funnel.data.dataset import Batch, Dataset, Rows, Truncation
 from funnel.data.device_batches import TrainingBatches
@@ -35,6 +35,7 @@ from funnel.model.heads import FunnelForSequenceClassification
 from funnel.weights.build import DEMO_CONFIG
 from train import TrainArgs
 
+DEVICE = torch.device("cuda")
 NOMINAL_TFLOPS = 989  # bf16 with dense matrices, H100 and H200 SXM
 SHAPES = ((32, 128), (128, 128), (16, 512), (8, 2048))  # texts, tokens
 ATTENTION_SHAPES = ((128, 128), (16, 512), (8, 2048))
@@ -59,7 +60,6 @@ class Settings(NamedTuple):
         profile: whether to print the kernels of each step of `steps`.
     """
 
-    device: torch.device
     peak: float
     modes: list[str]
     profile: bool = False
@@ -73,20 +73,7 @@ def median_ms(function: Callable[[], Any], repeats: int = 10, warmup: int = 3) -
     """Median time of a call in milliseconds, including the work that it starts on the device."""
     for _ in range(warmup):
         function()
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        started = time.perf_counter()
-        function()
-        synchronize()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times)
-
-
-def synchronize() -> None:
-    """Waits for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return 1000 * median_timer(function, DEVICE, repeats)()
 
 
 def matmul_peak(size: int = 8192) -> float:
@@ -105,9 +92,7 @@ def copy_bandwidth() -> float:
 def peak_beyond_state(take_step: Callable[[], Any]) -> float:
     """Peak memory of a step in MiB beyond weights and optimizer state: activations and gradients."""
     take_step()  # creates the optimizer state
-    if not torch.cuda.is_available():
-        return float("nan")
-    torch.cuda.synchronize()
+    synchronize(DEVICE)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -115,10 +100,10 @@ def peak_beyond_state(take_step: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def new_model(config: FunnelConfig, settings: Settings) -> FunnelForSequenceClassification:
+def new_model(config: FunnelConfig) -> FunnelForSequenceClassification:
     """A model with random weights, in training mode."""
     torch.manual_seed(0)
-    return FunnelForSequenceClassification(config).to(settings.device).train()
+    return FunnelForSequenceClassification(config).to(DEVICE).train()
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -176,25 +161,25 @@ def graphed(function: Callable[[], Any]) -> Callable[[], None]:
 
 def steps(settings: Settings) -> Iterator[Row]:
     """Training steps of `4,4,4` H768."""
-    reference = transformers_copy(new_model(SMALL, settings)).to(settings.device).train()
+    reference = transformers_copy(new_model(SMALL)).to(DEVICE).train()
     baseline: dict[tuple[int, int], float] = {}
     for shape in SHAPES:
-        batch = random_batch(shape, settings.device)
-        peer = Trainer.create(reference, settings.device, "bf16")
+        batch = random_batch(shape, DEVICE)
+        peer = Trainer.create(reference, DEVICE, "bf16")
         take_step = partial(peer.step, logits_function(reference, batch), batch.labels)
         memory = peak_beyond_state(take_step)
         baseline[shape] = median_ms(take_step, repeats=7)
         yield step_row("transformers", shape, baseline[shape], settings) | {"memory_mib": memory}
     del reference, peer, take_step
     for name in settings.modes:
-        trainer = FunnelTrainer(new_model(SMALL, settings), MODES[name], "bf16")  # compiling changes the model
+        trainer = FunnelTrainer(new_model(SMALL), MODES[name], "bf16")  # compiling changes the model
         for shape in SHAPES:
-            batch = random_batch(shape, settings.device)
+            batch = random_batch(shape, DEVICE)
             started = time.perf_counter()
             memory = peak_beyond_state(partial(trainer.step_without_graph, batch))
             for _ in range(2):  # the second step is captured
                 trainer.step(batch)
-            synchronize()
+            synchronize(DEVICE)
             ready = time.perf_counter() - started
             ms = median_ms(partial(trainer.step, batch))
             row = {"ratio": baseline[shape] / ms, "memory_mib": memory, "ready_s": ready}
@@ -207,7 +192,7 @@ def print_kernels(take_step: Callable[[], None], count: int = 16) -> None:
     """Prints the kernels that take most of a step's time on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         take_step()
-        synchronize()
+        synchronize(DEVICE)
     events = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
     total = sum(event.device_time_total for event in events)
     print(f"      {total / 1000:.2f} ms in {sum(event.count for event in events)} kernels")
@@ -227,9 +212,9 @@ def step_row(side: str, shape: tuple[int, int], ms: float, settings: Settings) -
 def real_lengths(settings: Settings) -> Iterator[Row]:
     """Texts with the lengths of SST-2's, batch 32, `2,2,2` H384: texts per second, making the batches included."""
     data = sst2_like()
-    reference = transformers_copy(new_model(MINI, settings)).to(settings.device).train()
-    peer = Trainer.create(reference, settings.device, "bf16")
-    batches = TrainingBatches(data, settings.device)(32, seed=0)
+    reference = transformers_copy(new_model(MINI)).to(DEVICE).train()
+    peer = Trainer.create(reference, DEVICE, "bf16")
+    batches = TrainingBatches(data, DEVICE)(32, seed=0)
 
     def train_reference(count: int) -> None:
         for batch in islice(batches, count):
@@ -238,8 +223,8 @@ def real_lengths(settings: Settings) -> Iterator[Row]:
     baseline = 1000 * 32 * 100 / median_ms(partial(train_reference, 100), repeats=3, warmup=1)
     yield {"table": "SST-2 lengths", "side": "transformers", "texts_per_s": baseline}
     for name in settings.modes:
-        trainer = FunnelTrainer(new_model(MINI, settings), MODES[name], "bf16")
-        train_funnel = partial(train_batches, trainer, TrainingBatches(data, settings.device)(32, seed=0))
+        trainer = FunnelTrainer(new_model(MINI), MODES[name], "bf16")
+        train_funnel = partial(train_batches, trainer, TrainingBatches(data, DEVICE)(32, seed=0))
         train_funnel(300)  # captures most graphs
         rate = 1000 * 32 * 400 / median_ms(partial(train_funnel, 400), repeats=3, warmup=0)
         row = {"table": "SST-2 lengths", "side": name, "texts_per_s": rate, "ratio": rate / baseline}
@@ -265,9 +250,9 @@ def sst2_like() -> Dataset:
 
 def demo(settings: Settings) -> Iterator[Row]:
     """The demo task's model: batch 64 x 16, `2,2,2,2,2,2,2` H128."""
-    batch = random_batch((64, 16), settings.device)
+    batch = random_batch((64, 16), DEVICE)
     for name in settings.modes:
-        ms = median_ms(partial(FunnelTrainer(new_model(DEMO, settings), MODES[name], "bf16").step, batch), repeats=20, warmup=5)
+        ms = median_ms(partial(FunnelTrainer(new_model(DEMO), MODES[name], "bf16").step, batch), repeats=20, warmup=5)
         yield {"table": "demo", "side": name, "ms": ms, "steps_per_s": 1000 / ms}
 
 
@@ -292,7 +277,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "error: this benchmark needs a CUDA device\n")
     started = time.perf_counter()
-    settings = Settings(torch.device("cuda"), matmul_peak(), [mode for mode in MODES if mode in options.modes], options.profile)
+    settings = Settings(matmul_peak(), [mode for mode in MODES if mode in options.modes], options.profile)
     machine = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "peak_tflops": settings.peak}
     print(f"{machine['card']}, torch {torch.__version__}: {settings.peak:.0f} TFLOP/s in matrix products, ", end="")
     print(f"{copy_bandwidth():.0f} GB/s in copies")

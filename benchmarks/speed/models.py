@@ -94,7 +94,7 @@ class Trainer:
     @classmethod
     def create(cls, model: nn.Module, device: torch.device, dtype: str) -> "Trainer":
         """A trainer with a new optimizer."""
-        optimizer = torch.optim.AdamW(param_groups(model, 0.01), lr=1e-5, eps=1e-6, fused=True)
+        optimizer = build_adamw(param_groups(model, 0.01), 1e-5)
         return cls(model, optimizer, device, dtype)
 
     def step(self, logits: Logits, labels: Tensor) -> None:
@@ -115,7 +115,7 @@ class FunnelTrainer:
         dist = Distributed(device)
         wrapped = dist.wrap(model, compile=args.compile)
         optimizer = build_adamw(param_groups(model, args.weight_decay), 1e-5, dist.graph_device)
-        self.schedule = LinearWarmupDecay(optimizer, 1e-5, range(10_000), 0.1)
+        self.schedule = LinearWarmupDecay(optimizer, 1e-5, range(10**6), 0.1)
         scaler = torch.amp.GradScaler(device.type, enabled=False)
         tokenizer: Any = None  # only checkpoints use it
         components = TrainComponents(dist, model, wrapped, tokenizer, optimizer, scaler, dtype)

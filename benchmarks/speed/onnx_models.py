@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funnel.analysis.onnx_report import open_session
 from funnel.data.dataset import Batch
 from funnel.model.heads import FunnelPreTrainedModel
 from funnel.weights.export import INPUTS, OPSET, export_onnx, export_torch, quantize_onnx
@@ -75,11 +76,7 @@ def _export(model: nn.Module, batch: Batch, path: Path) -> bool:
 
 
 def _open(path: Path, batch: Batch) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     names = {node.name for node in session.get_inputs()}  # an exporter may drop an unused input
     feed = {name: batch.inputs[name].numpy() for name in INPUTS if name in names}
     return lambda: session.run(None, feed)

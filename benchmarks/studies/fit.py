@@ -9,7 +9,7 @@ from torch import nn
 from funnel.data.dataset import Dataset
 from funnel.training.device import autocast, choose_dtype, keep_freed_memory, seed_step, set_seed
 from funnel.training.evaluate import compute_metrics, loss_function, predict_logits
-from funnel.training.optim import LinearWarmupDecay, clip_grad_norm, param_groups
+from funnel.training.optim import LinearWarmupDecay, build_adamw, clip_grad_norm, param_groups
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def fit(model: nn.Module, train_set: Dataset, recipe: Recipe) -> None:
     set_seed(recipe.seed)
     keep_freed_memory()
     total_steps = max(1, round(-(-len(train_set) // recipe.batch_size) * recipe.epochs))
-    optimizer = torch.optim.AdamW(param_groups(model, 0.01), lr=recipe.lr, eps=1e-6, fused=True)
+    optimizer = build_adamw(param_groups(model, 0.01), recipe.lr)
     schedule = LinearWarmupDecay(optimizer, recipe.lr, range(total_steps), 0.1)
     model.train()
     for step, batch in enumerate(islice(train_set.batches(recipe.batch_size, recipe.seed), total_steps)):

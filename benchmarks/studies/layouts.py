@@ -34,7 +34,7 @@ from funnel.model.flops import total_flops
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.device import autocast, choose_dtype, keep_freed_memory
 from funnel.training.evaluate import loss_function
-from funnel.training.optim import clip_grad_norm, param_groups
+from funnel.training.optim import build_adamw, clip_grad_norm, param_groups
 from funnel.weights.build import WeightsArgs, build_classifier
 from funnel.weights.load import read_source_config, resolve
 from funnel.weights.surgery import make_plan
@@ -148,7 +148,7 @@ class TimedModel:
         self.model = model.train()
         self.device = torch.device("cpu")
         self.dtype = choose_dtype(None, self.device, model.config.d_model)
-        self.optimizer = torch.optim.AdamW(param_groups(model, 0.01), lr=5e-5, eps=1e-6, fused=True)
+        self.optimizer = build_adamw(param_groups(model, 0.01), 5e-5)
 
     def seconds_per_text(self, batches: list[Batch]) -> float:
         """Trains on some batches."""

@@ -15,7 +15,7 @@ import torch
 from funnel.data.dataset import Dataset, encode_examples
 from funnel.data.tasks import DEFAULT_DEV_SHARE, TaskArgs, load_task
 from funnel.errors import FunnelError, plural
-from funnel.inference import run_record
+from funnel.inference import run_folder, run_record
 from funnel.training.evaluate import BATCH_SIZE, compute_metrics
 from funnel.training.progress import format_scores
 from funnel.training.run_dir import read_arguments
@@ -47,7 +47,7 @@ def load_dev_set(source: Source) -> DevSet:
     Raises:
         FunnelError: the classifier is not from a run, or the run's files are missing or have changed.
     """
-    run = next((folder for folder in (source.folder, source.folder.parent) if (folder / "run.json").is_file()), None)
+    run = run_folder(source.folder)
     if run is None:
         raise FunnelError(f"{source.folder} is not part of a run")
     task = load_task(TaskArgs(**read_arguments(run, TaskArgs)))
@@ -80,7 +80,7 @@ def compare_graphs(files: Mapping[str, Path], dev: DevSet | None) -> str:
         note = f"dev: {plural(len(dev.dataset), 'example')}; latency: one text at a time, median of {NUM_TIMED}"
     lines = []
     for name, path in files.items():
-        session = _open(path)  # one at a time: waiting threads of a second one would spin
+        session = open_session(path)  # one at a time: waiting threads of a second one would spin
         measured = [f"{_median_milliseconds(session, texts):.1f} ms per text", f"{path.stat().st_size / 1e6:.1f} MB"]
         if dev is not None:
             logits = torch.from_numpy(_predict(session, dev.dataset))
@@ -90,7 +90,8 @@ def compare_graphs(files: Mapping[str, Path], dev: DevSet | None) -> str:
     return "\n".join([*lines, f"{'':<9} {note}, {plural(torch.get_num_threads(), 'thread')}"])
 
 
-def _open(path: Path) -> Any:
+def open_session(path: Path) -> Any:
+    """An onnxruntime session on the CPU with as many threads as PyTorch."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -71,6 +71,7 @@ class FunnelEmbeddings(Region):
         return self.run(input_ids, mask, token_type_ids)
 
     def compute(self, input_ids: Tensor, mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        """The embeddings, without the choice whether to compile."""
         config = self.config
         hidden = self.word_embeddings(input_ids)
         if config.position_embeddings:
@@ -125,6 +126,7 @@ class FunnelLayer(Region):
         return self.run(query, key_value, inputs)
 
     def compute(self, query: Tensor, key_value: Tensor, inputs: AttentionInputs) -> Tensor:
+        """The layer, without checkpointing and the choice whether to compile."""
         return self.ffn(self.attention(query, key_value, inputs))
 
 

@@ -28,7 +28,7 @@ class NonFiniteGuard:
     falling.
 
     Args:
-        batches: `batches(start=step)` yields this rank's batches from a step on.
+        batches: `batches(start=step)` yields this rank's batches, on its device, from a step on.
         schedule: for the learning rate in the message.
         args: the run's arguments, of which `seed` and `grad_accum` are used.
     """
@@ -76,7 +76,7 @@ class NonFiniteGuard:
         """Recomputes a step; returns the first cause found on any rank."""
         dist, model = self.components.dist, self.components.model
         seed_step(self.args.seed, step, dist.rank)
-        batch = next(self.batches(start=step)).to(dist.device)
+        batch = next(self.batches(start=step))
         model.zero_grad()
         for micro in batch.split(self.args.grad_accum):
             with self.components.autocast():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups for AdamW: weight matrices with weight decay; biases and LayerNorms without.
 
-    They are told apart by name, which works for transformers' models, too.
+    They are distinguished by name, which also works for transformers' models.
     """
     decayed: list[nn.Parameter] = []
     not_decayed: list[nn.Parameter] = []
