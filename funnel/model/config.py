@@ -95,6 +95,9 @@ class FunnelConfig:
         token_type_embeddings: rows of the table of token-type embeddings at the input; 0 for none. Token type 1 reads row 1
             if there is one; all others, including that of [CLS], read row 0.
         embedding_size: width of the embeddings, which are projected to `d_model`; None for `d_model` without a projection.
+        lm_head_transform: the masked-LM head applies a linear layer to the embeddings' width, `hidden_act` and a LayerNorm to
+            the hidden states before it multiplies them with the word embeddings, as in BERT and in the original's pretraining
+            code (`lm_proj`). Without it, the head only projects to the embeddings' width if that differs from `d_model`.
         classifier_act: activation between the two linear layers of a text classifier, one of `CLASSIFIER_ACTIVATIONS`.
         family: transformers' `model_type` of the source model, one of `MODEL_TYPES`; selects the export format.
         id2label: names of a classifier's outputs.
@@ -131,6 +134,7 @@ class FunnelConfig:
     position_offset: int = 0
     token_type_embeddings: int = 0
     embedding_size: int | None = None
+    lm_head_transform: bool = False
     classifier_act: str = "tanh"
     family: str = "funnel"
     id2label: dict[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
@@ -173,7 +177,7 @@ class FunnelConfig:
         self._check("text_columns", isinstance(columns, (list, tuple)) and all(isinstance(c, str) for c in columns), "names")
         object.__setattr__(self, "text_columns", tuple(columns))
         self._check("layer_norm_eps", _is_number(self.layer_norm_eps) and 0 < self.layer_norm_eps < 1, "a number in (0, 1)")
-        for name in ("separate_cls", "truncate_seq", "pool_q_only", "relative_attention"):
+        for name in ("separate_cls", "truncate_seq", "pool_q_only", "relative_attention", "lm_head_transform"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         choices = {
             "pooling_type": ("mean", "max"),

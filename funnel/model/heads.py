@@ -294,7 +294,8 @@ class ClassificationHead(Region):
 class FunnelForSequenceClassification(FunnelPreTrainedModel):
     """Classifies or scores texts from the last [CLS] state.
 
-    Returns logits [b, num_labels]; for regression, scores [b, 1] in the labels' units, in float32.
+    Returns logits [b, num_labels]; for regression, scores [b, 1] in the labels' units, in float32. With `output_cls`, also the
+    [CLS] states that the classifier reads, [b, d].
     """
 
     has_decoder = False
@@ -302,12 +303,19 @@ class FunnelForSequenceClassification(FunnelPreTrainedModel):
     def build_head(self, config: FunnelConfig) -> None:
         self.classifier = ClassificationHead(config, config.num_labels)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_cls: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         states, _ = self.encode(input_ids, attention_mask, token_type_ids, cls_only=True)
-        logits = self.classifier(states[-1][:, 0])
+        cls = states[-1][:, 0]
+        logits = self.classifier(cls)
         if self.config.problem_type == "regression":
-            return logits.float() * self.config.label_std + self.config.label_mean
-        return logits
+            logits = logits.float() * self.config.label_std + self.config.label_mean
+        return (logits, cls) if output_cls else logits
 
 
 class FunnelForMultipleChoice(FunnelPreTrainedModel):
@@ -331,15 +339,23 @@ class FunnelForMaskedLM(FunnelPreTrainedModel):
     has_decoder = True
 
     def build_head(self, config: FunnelConfig) -> None:
-        if config.embedding_size is not None:
-            self.lm_projection = nn.Linear(config.d_model, config.embedding_size)
+        width = config.embedding_size or config.d_model
+        if config.embedding_size is not None or config.lm_head_transform:
+            self.lm_projection = nn.Linear(config.d_model, width)
+        if config.lm_head_transform:
+            self.lm_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.lm_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
-        hidden = self.encode_and_decode(input_ids, attention_mask, token_type_ids)[-1]
-        if self.config.embedding_size is not None:
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        """Applies the head to the last hidden states of any tokens. [..., d] -> [..., vocab_size]."""
+        if self.config.embedding_size is not None or self.config.lm_head_transform:
             hidden = self.lm_projection(hidden)
+        if self.config.lm_head_transform:
+            hidden = self.lm_layer_norm(activation(self.config.hidden_act, hidden))
         return F.linear(hidden, self.embeddings.word_embeddings.weight, self.lm_bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
+        return self.token_logits(self.encode_and_decode(input_ids, attention_mask, token_type_ids)[-1])
 
 
 class FunnelForPreTraining(FunnelPreTrainedModel):

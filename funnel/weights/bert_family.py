@@ -2,8 +2,9 @@
 
 A layer of these models is a Funnel layer with ordinary attention instead of relative attention; positions and token types
 are embeddings at the input (MPNet also has a bias by distance). So a model becomes one block that computes the same
-function. Text classifiers keep their head. The pooler of BERT and ALBERT, a pretrained part of their classifiers, becomes
-`classifier.linear_hidden`, which a bare model keeps as well.
+function. Text classifiers, masked language models and ELECTRA's discriminators keep their head. The pooler of BERT and ALBERT,
+a pretrained part of their classifiers, becomes `classifier.linear_hidden`, which a bare model and a masked language model keep
+as well.
 
 To add a family, add its `model_type` to `config.MODEL_TYPES` and an entry to `FAMILIES` here.
 """
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from funnel.errors import FunnelError
@@ -23,6 +25,8 @@ from funnel.weights.huggingface import CONFIG, WEIGHT_FILES, not_in_transformers
 from funnel.weights.key_map import ConvertedWeights, Format, RawCheckpoint, check_exact_match, expected_weights, rename
 
 CLASSIFIER, BARE = "FunnelForSequenceClassification", "FunnelBaseModel"
+MASKED_LM, DISCRIMINATOR = "FunnelForMaskedLM", "FunnelForPreTraining"
+SUFFIXES = {CLASSIFIER: "ForSequenceClassification", BARE: "Model", MASKED_LM: "ForMaskedLM", DISCRIMINATOR: "ForPreTraining"}
 TASK_FIELDS = ("id2label", "problem_type", "label_mean", "label_std", "model_max_length", "text_columns")  # of classifiers
 # Config fields without an effect on what a model of one block without relative attention computes.
 WITHOUT_EFFECT = (
@@ -88,6 +92,50 @@ _MPNET = _body(
 _OUTPUT = {"classifier": "classifier.linear_out"}
 _DENSE_AND_OUTPUT = {"classifier.dense": "classifier.linear_hidden", "classifier.out_proj": "classifier.linear_out"}
 
+
+class LMHead(NamedTuple):
+    """transformers' names of a masked-LM head: hidden states -> linear, activation, LayerNorm, times the word embeddings.
+
+    Attributes:
+        dense, layer_norm: modules.
+        output: the output layer, whose weight is tied to the word embeddings.
+        bias: the output layer's bias.
+        act: the activation; "" for the model's.
+    """
+
+    dense: str
+    layer_norm: str
+    output: str
+    bias: str
+    act: str = ""
+
+    def table(self) -> dict[str, str]:
+        """transformers' names of the weights -> ours."""
+        modules = {self.dense: "lm_projection", self.layer_norm: "lm_layer_norm"}
+        weights = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in modules.items() for kind in ("weight", "bias")}
+        return weights | {self.bias: "lm_bias"}
+
+
+_BERT_LM = LMHead(
+    "cls.predictions.transform.dense",
+    "cls.predictions.transform.LayerNorm",
+    "cls.predictions.decoder",
+    "cls.predictions.bias",
+)
+_ROBERTA_LM = LMHead("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias", act="gelu")
+_ELECTRA_LM = LMHead(
+    "generator_predictions.dense",
+    "generator_predictions.LayerNorm",
+    "generator_lm_head",
+    "generator_lm_head.bias",
+    act="gelu",
+)
+_DISCRIMINATOR = {
+    f"discriminator_predictions.{module}.{kind}": f"{module}.{kind}"
+    for module in ("dense", "dense_prediction")
+    for kind in ("weight", "bias")
+}
+
 # our config field -> their name
 _FIELDS = {
     "vocab_size": "vocab_size",
@@ -144,6 +192,8 @@ class Family(NamedTuple):
         body: transformers' names of the body's modules -> ours.
         head: transformers' names of a text classifier's modules -> ours.
         fields: our config fields -> transformers' names.
+        lm_head: of its masked language models.
+        discriminator: transformers' names of the weights of a discriminator's head -> ours.
         defaults: overrides of `DEFAULTS`.
         layers: name of the config field with the number of layers.
         classifier_act: activation of the text classifier.
@@ -157,6 +207,8 @@ class Family(NamedTuple):
     body: Mapping[str, str]
     head: Mapping[str, str]
     fields: Mapping[str, str]
+    lm_head: LMHead
+    discriminator: Mapping[str, str] = {}
     defaults: Mapping[str, Any] = {}
     layers: str = "num_hidden_layers"
     classifier_act: str = "tanh"
@@ -165,10 +217,19 @@ class Family(NamedTuple):
 
 
 _ROBERTA = Family(
-    "RoBERTa", "Roberta", "roberta.", _BERT, _DENSE_AND_OUTPUT, _TYPED_FIELDS, first_position_follows_padding=True
+    *("RoBERTa", "Roberta", "roberta.", _BERT, _DENSE_AND_OUTPUT, _TYPED_FIELDS, _ROBERTA_LM),
+    first_position_follows_padding=True,
 )
 FAMILIES: dict[str, Family] = {
-    "bert": Family("BERT", "Bert", "bert.", {**_BERT, "pooler.dense": "classifier.linear_hidden"}, _OUTPUT, _TYPED_FIELDS),
+    "bert": Family(
+        "BERT",
+        "Bert",
+        "bert.",
+        {**_BERT, "pooler.dense": "classifier.linear_hidden"},
+        _OUTPUT,
+        _TYPED_FIELDS,
+        _BERT_LM,
+    ),
     "distilbert": Family(
         "DistilBERT",
         "DistilBert",
@@ -176,6 +237,7 @@ FAMILIES: dict[str, Family] = {
         _DISTILBERT,
         {"pre_classifier": "classifier.linear_hidden", **_OUTPUT},
         _DISTILBERT_FIELDS,
+        LMHead("vocab_transform", "vocab_layer_norm", "vocab_projector", "vocab_projector.bias"),
         layers="n_layers",
         classifier_act="relu",
     ),
@@ -189,6 +251,8 @@ FAMILIES: dict[str, Family] = {
         {**_BERT, "embeddings_project": "embeddings.projection"},
         _DENSE_AND_OUTPUT,
         _PROJECTED_FIELDS,
+        _ELECTRA_LM,
+        _DISCRIMINATOR,
         classifier_act="gelu",
     ),
     "albert": Family(
@@ -202,7 +266,8 @@ FAMILIES: dict[str, Family] = {
         },
         _OUTPUT,
         _PROJECTED_FIELDS,
-        {"hidden_act": "gelu_new", "hidden_dropout": 0.0, "attention_dropout": 0.0},
+        LMHead("predictions.dense", "predictions.LayerNorm", "predictions.decoder", "predictions.bias"),
+        defaults={"hidden_act": "gelu_new", "hidden_dropout": 0.0, "attention_dropout": 0.0},
         supported={"inner_group_num": 1},
     ),
     "mpnet": Family(
@@ -212,6 +277,7 @@ FAMILIES: dict[str, Family] = {
         {**_MPNET, "encoder.relative_attention_bias": "encoder.distance_bias"},
         _DENSE_AND_OUTPUT,
         {**_FIELDS, "distance_buckets": "relative_attention_num_buckets"},
+        _ROBERTA_LM,
         first_position_follows_padding=True,
         supported={"relative_attention_num_buckets": 32, "pad_token_id": 1},  # transformers hard-codes these
     ),
@@ -294,6 +360,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> FunnelConfig:
         "num_decoder_layers": 0,
         "relative_attention": False,
         "layer_norm_eps": DEFAULTS["layer_norm_eps"],
+        "lm_head_transform": True,
         "classifier_act": family.classifier_act,
         **_task_fields(values),
     }
@@ -366,23 +433,57 @@ def convert(raw: RawCheckpoint) -> ConvertedWeights:
     Raises:
         FunnelError: the weights do not match the config.
     """
-    config, family, is_classifier = raw.config, FAMILIES[raw.config.family], _is_classifier(raw.config_values)
-    architecture = CLASSIFIER if is_classifier else BARE
-    table = {**family.body, **(family.head if is_classifier else {})}
+    config, family = raw.config, FAMILIES[raw.config.family]
+    bare_names = {_bare_name(name, family): name for name in raw.tensors}
+    architecture: str = CLASSIFIER
+    head: Mapping[str, str] = {}
+    if not _is_classifier(raw.config_values):
+        architecture, head = _pretraining_head(config, {bare: raw.tensors[name] for bare, name in bare_names.items()})
+    table = {**family.body, **(family.head if architecture == CLASSIFIER else {})}
     weights, unused = {}, {}
-    for name, tensor in raw.tensors.items():
-        bare = name.removeprefix(family.prefix).replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
+    for bare, name in bare_names.items():
         module, _, parameter = bare.rpartition(".")
         ours = rename(module, table, config.blocks)
         reason = next((reason for prefix, reason in UNUSED.items() if bare.startswith(prefix)), None)
-        if ours is None and reason is not None:
+        if bare in head:
+            weights[head[bare]] = raw.tensors[name]
+        elif architecture == MASKED_LM and module == family.lm_head.output:
+            unused[name] = "output layer of the masked-LM head; tied to the word embeddings and the head's bias"
+        elif ours is None and reason is not None:
             unused[name] = reason
         else:
-            weights[name if ours is None else f"{ours}.{parameter}"] = tensor
+            weights[name if ours is None else f"{ours}.{parameter}"] = raw.tensors[name]
     check_exact_match(weights, expected_weights(architecture, config, weights), raw.folder)
     saved = Checkpoint(config, weights, architecture)
     weights = scale_output(saved, 1 / config.label_std, -config.label_mean / config.label_std)
     return ConvertedWeights(config, weights, architecture, unused)
+
+
+def _bare_name(name: str, family: Family) -> str:
+    """The name of a weight without the prefix of the body, and with today's names of a LayerNorm's weights."""
+    return name.removeprefix(family.prefix).replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
+
+
+def _pretraining_head(config: FunnelConfig, tensors: Mapping[str, Tensor]) -> tuple[str, Mapping[str, str]]:
+    """The model class that has the same head as the weights, and the names of the head's weights -> ours.
+
+    A head that is incomplete, or that our models do not have, is left out.
+    """
+    family = FAMILIES[config.family]
+    if all(name in tensors for name in family.lm_head.table()) and _has_our_lm_head(config, tensors):
+        return MASKED_LM, family.lm_head.table()
+    if family.discriminator and all(name in tensors for name in family.discriminator):
+        return DISCRIMINATOR, family.discriminator
+    return BARE, {}
+
+
+def _has_our_lm_head(config: FunnelConfig, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the head's activation is the model's, and its output layer is tied to the word embeddings."""
+    head = FAMILIES[config.family].lm_head
+    tied = {f"{head.output}.weight": "embeddings.word_embeddings.weight", f"{head.output}.bias": head.bias}
+    return head.act in ("", config.hidden_act) and all(
+        torch.equal(tensors[name], tensors.get(target, torch.empty(0))) for name, target in tied.items() if name in tensors
+    )
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -397,17 +498,19 @@ def write_bert(folder: Path, saved: Checkpoint) -> None:
         FunnelError: transformers has no such model.
     """
     config, family = saved.config, FAMILIES[saved.config.family]
+    _check_head(saved)
     values = _config_values(saved)
     _check_representable(saved, values)
-    prefix = family.prefix if saved.architecture == CLASSIFIER else ""
+    prefix = "" if saved.architecture == BARE else family.prefix
     table = {ours: prefix + theirs for theirs, ours in family.body.items()}
     table |= {ours: theirs for theirs, ours in family.head.items() if ours not in table}
+    head = {ours: theirs for theirs, ours in {**family.lm_head.table(), **family.discriminator}.items()}
     weights: dict[str, Tensor] = {}
     for name, tensor in scale_output(saved, config.label_std, config.label_mean).items():
         module, _, parameter = name.replace("encoder.blocks.0.", "layer.").rpartition(".")
         renamed = rename(module, table)
-        assert renamed is not None, f"{name} is not in the table"
-        weights[f"{renamed}.{parameter}"] = tensor
+        assert renamed is not None or name in head, f"{name} is not in the table"
+        weights[head[name] if renamed is None else f"{renamed}.{parameter}"] = tensor
     write_json(folder / CONFIG, values)
     checkpoint.save_weights(folder / "model.safetensors", weights)
 
@@ -419,7 +522,7 @@ def _config_values(saved: Checkpoint) -> dict[str, Any]:
     fields = config.to_dict()
     values: dict[str, Any] = {
         "model_type": config.family,
-        "architectures": [family.architecture + ("ForSequenceClassification" if is_classifier else "Model")],
+        "architectures": [family.architecture + SUFFIXES[saved.architecture]],
         **{name: fields[field] for field, name in family.fields.items()},
         family.layers: config.blocks[0].runs,
     }
@@ -434,11 +537,18 @@ def _config_values(saved: Checkpoint) -> dict[str, Any]:
     return values
 
 
+def _check_head(saved: Checkpoint) -> None:
+    """Raises FunnelError unless the family has a model with this head."""
+    config, family = saved.config, FAMILIES[saved.config.family]
+    if saved.architecture not in SUFFIXES or (saved.architecture == DISCRIMINATOR and not family.discriminator):
+        raise not_in_transformers(saved, f"{family.title} with the head of a {saved.architecture}")
+    if saved.architecture == MASKED_LM and family.lm_head.act not in ("", config.hidden_act):
+        raise not_in_transformers(saved, f"{family.title} with hidden_act {config.hidden_act!r} in the masked-LM head")
+
+
 def _check_representable(saved: Checkpoint, values: Mapping[str, Any]) -> None:
     """Raises FunnelError unless reading `values` gives the config, up to fields without an effect."""
     config, title = saved.config, FAMILIES[saved.config.family].title
-    if saved.architecture not in (CLASSIFIER, BARE):
-        raise not_in_transformers(saved, f"{title} with the head of a {saved.architecture}")
     if len(config.blocks) > 1:
         raise not_in_transformers(saved, f"{title} with pooling (blocks {config.layout})")
     try:
@@ -446,6 +556,10 @@ def _check_representable(saved: Checkpoint, values: Mapping[str, Any]) -> None:
     except FunnelError as error:
         raise not_in_transformers(saved, f"such {title} ({str(error).removeprefix(f'{CONFIG}: ')})") from None
     ignored = {*WITHOUT_EFFECT, *(() if saved.architecture == CLASSIFIER else (*TASK_FIELDS, "label2id"))}
+    if saved.architecture in (MASKED_LM, DISCRIMINATOR):  # these have a decoder
+        ignored.remove("num_decoder_layers")
+    if saved.architecture != MASKED_LM:
+        ignored.add("lm_head_transform")
     for name, value in config.to_dict().items():
         if name not in ignored and value != readable[name]:
             what = f"repeated layers (blocks {config.layout})" if name.startswith("block_") else f"{name} {value!r}"

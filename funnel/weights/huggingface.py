@@ -139,6 +139,8 @@ def write_huggingface(folder: Path, saved: Checkpoint) -> None:
     for name, value in NOT_IN_FUNNEL.items():
         if getattr(saved.config, name) != value:
             raise not_in_transformers(saved, f"Funnel-Transformer with {name} {getattr(saved.config, name)!r}")
+    if saved.architecture == "FunnelForMaskedLM" and saved.config.lm_head_transform:
+        raise not_in_transformers(saved, "Funnel-Transformer with lm_head_transform True in the masked-LM head")
     is_bare = saved.architecture in ("FunnelModel", "FunnelBaseModel")
     config = saved.config
     if saved.architecture == "FunnelForQuestionAnswering":  # transformers creates as many outputs as there are labels

@@ -48,7 +48,7 @@ class ConvertedWeights(NamedTuple):
 
     Attributes:
         config: may contain more than the config file, such as the number of labels.
-        weights: the complete state dict of `architecture`; for a bare BERT or ALBERT also the pooler.
+        weights: the complete state dict of `architecture`; for a BERT or ALBERT also the pooler, if the source has it.
         architecture: name of the model class, one of `MODELS`.
         unused: unused weights of the source; values are the reasons.
         initialized: weights that the source does not have; values say how they were initialized.
@@ -114,10 +114,11 @@ def meta_state_dict(architecture: str, config: FunnelConfig) -> dict[str, Tensor
 def expected_weights(architecture: str, config: FunnelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict that weights should match, on the meta device.
 
-    A bare model may have the hidden layer of a text classifier in addition: a BERT's pooler (see bert_family.py).
+    A bare model or masked language model may have the hidden layer of a text classifier in addition: a BERT's pooler (see
+    bert_family.py).
     """
     expected = meta_state_dict(architecture, config)
-    if architecture == "FunnelBaseModel" and any(name in weights for name in POOLER):
+    if architecture in ("FunnelBaseModel", "FunnelForMaskedLM") and any(name in weights for name in POOLER):
         classifier = meta_state_dict("FunnelForSequenceClassification", config)
         expected |= {name: classifier[name] for name in POOLER}
     return expected

@@ -69,6 +69,7 @@ def test_an_invalid_layout_string_is_an_error_that_quotes_it(text):
         ("id2label", 2),
         ("problem_type", "multi_label"),
         ("relative_attention", 0),
+        ("lm_head_transform", "yes"),
         ("distance_buckets", 2),
         ("distance_buckets", 5),
         ("distance_buckets", -4),

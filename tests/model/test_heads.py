@@ -1,14 +1,22 @@
 """Models: output shapes, input checks, dropout, statelessness, compilation, [CLS]-only last layer, checkpointing."""
 
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import count_compiled_graphs, padded_batch, tiny_config
 
 from funnel.errors import FunnelError
 from funnel.model.attention_backends import BACKENDS, attention_backend
-from funnel.model.heads import MODELS, FunnelForSequenceClassification, FunnelForTokenClassification, FunnelModel
+from funnel.model.heads import (
+    MODELS,
+    FunnelForMaskedLM,
+    FunnelForSequenceClassification,
+    FunnelForTokenClassification,
+    FunnelModel,
+)
 
 OUTPUT_SHAPES = {  # for a batch of 3 with 13 tokens
     "FunnelBaseModel": (3, 4, 16),
@@ -54,6 +62,48 @@ def test_state_dict_keys_match_the_file_format():
         "classifier.linear_out.weight", "classifier.linear_out.bias",
         *(f"encoder.blocks.{place}.{name}" for place in ("0.0", "1.0", "1.1") for name in layer),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("embedding_size", [None, 6])
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "relu"])
+def test_the_masked_lm_head_with_a_transform_computes_the_formula(embedding_size, hidden_act):
+    """Linear, activation, LayerNorm, word embeddings; in numpy."""
+    torch.manual_seed(0)
+    config = tiny_config(lm_head_transform=True, embedding_size=embedding_size, hidden_act=hidden_act, layer_norm_eps=1e-3)
+    model = FunnelForMaskedLM(config).double().eval()
+    torch.nn.init.normal_(model.lm_bias)
+    torch.nn.init.normal_(model.lm_layer_norm.bias)
+    batch = padded_batch([13, 7])
+    hidden = model.encode_and_decode(*batch)[-1]
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    x = hidden.detach().numpy() @ weights["lm_projection.weight"].T + weights["lm_projection.bias"]
+    activations = {
+        "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+        "gelu_new": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        "relu": lambda x: np.maximum(x, 0),
+    }
+    x = activations[hidden_act](x)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3)
+    x = x * weights["lm_layer_norm.weight"] + weights["lm_layer_norm.bias"]
+    expected = x @ weights["embeddings.word_embeddings.weight"].T + weights["lm_bias"]
+    np.testing.assert_allclose(model(*batch).detach().numpy(), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(model.token_logits(hidden[:, 3:5]).detach().numpy(), expected[:, 3:5], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("embedding_size", [None, 6])
+def test_a_masked_lm_without_a_transform_has_the_weights_of_earlier_versions(embedding_size):
+    head = {"lm_bias"} | ({"lm_projection.weight", "lm_projection.bias"} if embedding_size else set())
+    names = set(FunnelForMaskedLM(tiny_config(embedding_size=embedding_size)).state_dict())
+    assert names - set(FunnelModel(tiny_config(embedding_size=embedding_size)).state_dict()) == head
+
+
+@pytest.mark.parametrize("embedding_size", [None, 6])
+def test_a_masked_lm_with_a_transform_survives_saving_and_loading(embedding_size, tmp_path):
+    model = FunnelForMaskedLM(tiny_config(lm_head_transform=True, embedding_size=embedding_size)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = FunnelForMaskedLM.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert torch.equal(loaded(*padded_batch([9, 4])), model(*padded_batch([9, 4])))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,10 @@ HEADS = {
     "MPNet": ["ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"],
 }  # fmt: skip
 HEADS_OF_FAMILIES = [(kind, head) for kind, heads in HEADS.items() for head in heads]
+LM_HEADS = [
+    *((kind, "ForMaskedLM") for kind in BERT_LIKE),
+    *((kind, "ForPreTraining") for kind in ("BERT", "ALBERT", "ELECTRA", "ELECTRA without projection")),
+]
 
 
 def build(source: Source | Checkpoint) -> FunnelPreTrainedModel:
@@ -151,7 +155,7 @@ def test_classifiers_give_the_logits_of_transformers(kind, options, tmp_path):
     assert expected.std() > 0.01
 
 
-@pytest.mark.parametrize(("kind", "head"), HEADS_OF_FAMILIES)
+@pytest.mark.parametrize(("kind", "head"), [pair for pair in HEADS_OF_FAMILIES if pair not in LM_HEADS])
 def test_a_model_with_another_head_becomes_a_bare_model(kind, head, tmp_path):
     peer = make_bert_folder(tmp_path, head, kind)
     source = read_source(tmp_path)
@@ -159,6 +163,80 @@ def test_a_model_with_another_head_becomes_a_bare_model(kind, head, tmp_path):
     assert source.unused
     assert all("head" in reason or "classifier" in reason for reason in source.unused.values()), source.unused
     assert_same_hidden_states(build(source), peer.base_model, pairs_batch(peer))
+
+
+@pytest.mark.parametrize(("kind", "head"), LM_HEADS)
+def test_masked_lm_and_discriminator_heads_give_the_logits_of_transformers(kind, head, tmp_path):
+    peer = make_bert_folder(tmp_path, head, kind)
+    source = read_source(tmp_path)
+    is_discriminator = kind.startswith("ELECTRA") and head == "ForPreTraining"
+    assert source.architecture == ("FunnelForPreTraining" if is_discriminator else "FunnelForMaskedLM")
+    batch = pairs_batch(peer)
+    with torch.no_grad():
+        expected = peer(**bert_inputs(batch, peer.config))[0][batch[1] == 1]
+        logits = build(source)(*batch)[batch[1] == 1]
+    assert expected.std() > 0.1
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("kind", "head"), LM_HEADS)
+def test_a_classifier_starts_from_the_body_of_a_pretraining_model(kind, head, tmp_path):
+    peer = make_bert_folder(tmp_path, head, kind)
+    batch = pairs_batch(peer)
+    with pytest.warns(UserWarning, match="newly initialized classifier"):
+        model = FunnelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert model(*batch).shape == (5, 3)
+    assert_same_hidden_states(model, peer.base_model, batch)
+    if head == "ForPreTraining" and kind in ("BERT", "ALBERT"):
+        pooler = peer.base_model.pooler.dense if kind == "BERT" else peer.base_model.pooler
+        assert torch.equal(model.classifier.linear_hidden.weight, pooler.weight)
+
+
+def test_the_hub_files_of_bert_give_a_masked_language_model_and_the_pooler(tmp_path):
+    """bert-base-uncased has all of BERT's pretraining heads, and its config names BertForMaskedLM."""
+    peer = make_bert_folder(tmp_path, "ForPreTraining")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"].clone()
+    weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
+    save_file(weights, tmp_path / "model.safetensors")
+    change_config(tmp_path, architectures=["BertForMaskedLM"])
+    source = read_source(tmp_path)
+    assert source.architecture == "FunnelForMaskedLM"
+    assert torch.equal(source.weights[POOLER[0]], peer.bert.pooler.dense.weight)
+    assert {name.split(".")[-2] for name in source.unused} == {"decoder", "seq_relationship"}
+    save_checkpoint(tmp_path / "native", Checkpoint(source.config, source.weights, source.architecture))
+    assert are_equal(read_source(tmp_path / "native").weights, source.weights)
+
+
+@pytest.mark.parametrize("name", ["cls.predictions.decoder.weight", "cls.predictions.decoder.bias"])
+def test_a_masked_lm_head_that_is_not_tied_is_left_out(name, tmp_path):
+    make_bert_folder(tmp_path, "ForMaskedLM")
+    weights = load_file(tmp_path / "model.safetensors")
+    shape = weights["cls.predictions.bias" if name.endswith("bias") else "bert.embeddings.word_embeddings.weight"].shape
+    save_file({**weights, name: torch.randn(shape)}, tmp_path / "model.safetensors")
+    source = read_source(tmp_path)
+    assert source.architecture == "FunnelBaseModel"
+    assert name in source.unused
+
+
+def test_an_incomplete_masked_lm_head_is_left_out(tmp_path):
+    make_bert_folder(tmp_path, "ForMaskedLM")
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["cls.predictions.transform.LayerNorm.bias"]
+    save_file(weights, tmp_path / "model.safetensors")
+    assert read_source(tmp_path).architecture == "FunnelBaseModel"
+
+
+@pytest.mark.parametrize("kind", ["RoBERTa", "ELECTRA", "MPNet"])
+def test_a_masked_lm_head_with_another_activation_than_the_model_is_left_out(kind, tmp_path):
+    """In these families, transformers' head always uses gelu."""
+    make_bert_folder(tmp_path, "ForMaskedLM", kind, hidden_act="relu")
+    source = read_source(tmp_path)
+    assert source.architecture == "FunnelBaseModel"
+    assert source.unused
+    model = MODELS["FunnelForMaskedLM"](source.config)
+    with pytest.raises(FunnelError, match=f"^transformers has no {kind} with hidden_act 'relu' in the masked-LM head$"):
+        export(tmp_path / "out", Checkpoint(source.config, model.state_dict(), "FunnelForMaskedLM"))
 
 
 @pytest.mark.parametrize("kind", ["BERT", "ALBERT"])
@@ -397,8 +475,24 @@ def test_transformers_computes_the_same_logits_from_an_export(kind, labels, tmp_
         )
 
 
+@pytest.mark.parametrize(("kind", "head"), LM_HEADS)
+def test_transformers_computes_the_same_token_logits_from_an_export(kind, head, tmp_path):
+    make_bert_folder(tmp_path / "source", head, kind)
+    saved = perturbed(read_source(tmp_path / "source"))
+    is_discriminator = saved.architecture == "FunnelForPreTraining"
+    auto = transformers.AutoModelForPreTraining if is_discriminator else transformers.AutoModelForMaskedLM
+    peer, report = auto.from_pretrained(export(tmp_path / "out", saved), output_loading_info=True)
+    assert not report["missing_keys"]
+    assert all("pooler" in name for name in report["unexpected_keys"])
+    batch = pairs_batch(peer)
+    with torch.no_grad():
+        expected = peer.eval()(**bert_inputs(batch, peer.config))[0][batch[1] == 1]
+        logits = build(saved)(*batch)[batch[1] == 1]
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("kind", BERT_LIKE)
-@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForMaskedLM"])
 def test_export_and_import_are_bit_exact(kind, head, tmp_path):
     make_bert_folder(tmp_path / "source", head, kind)
     source = read_source(tmp_path / "source")
@@ -448,7 +542,7 @@ def test_models_that_transformers_does_not_have_are_errors(kind, changes, words,
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("cls_name", ["FunnelModel", "FunnelForMultipleChoice", "FunnelForMaskedLM"])
+@pytest.mark.parametrize("cls_name", ["FunnelModel", "FunnelForMultipleChoice", "FunnelForPreTraining"])
 def test_other_heads_are_errors(cls_name, tmp_path):
     make_bert_folder(tmp_path / "source")
     config = read_source(tmp_path / "source").config
@@ -456,12 +550,28 @@ def test_other_heads_are_errors(cls_name, tmp_path):
         export(tmp_path / "out", Checkpoint(config, MODELS[cls_name](config).state_dict(), cls_name))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lm_head_transform": False}, "no BERT with lm_head_transform False"),
+        ({"num_decoder_layers": 1}, "no BERT with num_decoder_layers 1"),
+        ({"family": "funnel", "relative_attention": False}, "no Funnel-Transformer with relative_attention False"),
+    ],
+)
+def test_masked_language_models_that_transformers_does_not_have_are_errors(changes, words, tmp_path):
+    make_bert_folder(tmp_path / "source", "ForMaskedLM")
+    config = read_source(tmp_path / "source").config.replace(**changes)
+    model = MODELS["FunnelForMaskedLM"](config)
+    with pytest.raises(FunnelError, match=f"^transformers has {words}$"):
+        export(tmp_path / "out", Checkpoint(config, model.state_dict(), "FunnelForMaskedLM"))
+
+
 def test_fields_without_an_effect_do_not_prevent_an_export(tmp_path):
     make_bert_folder(tmp_path / "source")
     source = read_source(tmp_path / "source")
     config = source.config.replace(
         **{"separate_cls": False, "truncate_seq": False, "pool_q_only": False, "pooling_type": "max"},
-        **{"num_decoder_layers": 2, "id2label": {0: "x"}, "model_max_length": 9},
+        **{"num_decoder_layers": 2, "id2label": {0: "x"}, "model_max_length": 9, "lm_head_transform": False},
     )
     folder = export(tmp_path / "out", Checkpoint(config, source.weights, source.architecture))
     model = FunnelBaseModel(config).eval()

@@ -135,6 +135,16 @@ def test_all_file_layouts_give_the_same_source(kind, tmp_path):
     assert are_equal(source.weights, expected.weights)
 
 
+def test_a_masked_lm_head_with_a_transform_cannot_be_exported(tmp_path):
+    config = tiny_config(lm_head_transform=True)
+    model = MODELS["FunnelForMaskedLM"](config)
+    with pytest.raises(FunnelError, match="no Funnel-Transformer with lm_head_transform True in the masked-LM head"):
+        write_transformers(tmp_path, Checkpoint(config, model.state_dict(), "FunnelForMaskedLM"))
+    discriminator = MODELS["FunnelForPreTraining"](config)
+    write_transformers(tmp_path, Checkpoint(config, discriminator.state_dict(), "FunnelForPreTraining"))
+    assert read_source(tmp_path).config == config
+
+
 def test_table_covers_every_weight_name_of_both_projects(tmp_path):
     peer_names, own_names = set(), set()
     for cls_name in MODELS:
