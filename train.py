@@ -12,65 +12,48 @@ import funnel.threads  # isort: skip  # noqa: F401  (sets OpenMP variables; must
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from funnel.cli.common import run_script
-from funnel.data.dataset import Batch, Dataset, encode_examples
+from funnel.data.batches import Batch
+from funnel.data.dataset import Dataset, encode_examples
 from funnel.data.device_batches import TrainingBatches
 from funnel.data.tasks import DEFAULT_DEV_SHARE, Task, TaskArgs, load_task
-from funnel.errors import FunnelError
 from funnel.options import RANDOM, option
+from funnel.training.args import RunArgs
 from funnel.training.cuda_graphs import step_runner
-from funnel.training.device import DEVICES, DTYPES, choose_dtype, keep_freed_memory, peak_memory, seed_step, set_seed
+from funnel.training.device import choose_dtype, keep_freed_memory, peak_memory, seed_step, set_seed
 from funnel.training.distributed import Distributed, exit_process, init_distributed
 from funnel.training.divergence import NonFiniteGuard
-from funnel.training.evaluate import evaluate, loss_function
+from funnel.training.evaluate import evaluate
 from funnel.training.optim import LinearWarmupDecay, build_adamw, clip_grad_norm, param_groups
 from funnel.training.progress import Progress, print_banner, print_data
 from funnel.training.run_dir import RunDir, describe_data
 from funnel.training.signals import GracefulStop
 from funnel.training.state import TrainComponents
+from funnel.training.teacher import TeacherArgs, training_loss
 from funnel.weights.build import RANDOM_LEARNING_RATE, BuiltModel, WeightsArgs, build_classifier
-from funnel.weights.surgery import write_plan
 
 
 @dataclass(frozen=True)
-class TrainArgs(WeightsArgs, TaskArgs):
+class TrainArgs(RunArgs, TeacherArgs, WeightsArgs, TaskArgs):
     """One flag per field. TaskArgs adds --task, --data and the column names of your own files; WeightsArgs adds --weights,
-    --blocks, --init, --keep and --layout-plan. `load` fills in the task's defaults (funnel/data/tasks.py)."""
+    --blocks, --init, --keep and --layout-plan; TeacherArgs adds --teacher; RunArgs adds --seed, --device, --out, --resume
+    and others (training/args.py). `load` fills in the task's defaults (funnel/data/tasks.py)."""
 
     epochs: float = option(None, "training epochs, may be fractional (default: the task's)", bounds="(0, 1e6]")
     lr: float = option(None, "peak learning rate (default: the task's; for random weights 5e-4)", bounds="(0, 1e3]")
     batch_size: int = option(None, "examples per step, across all processes (default: the task's)", bounds="[1, inf)")
     max_length: int = option(None, "truncate texts to this many tokens (default: the task's)", bounds="[1, inf)")
     warmup: float = option(0.1, "fraction of all steps used for learning-rate warmup", bounds="[0, 1)")
-    weight_decay: float = option(0.01, "AdamW weight decay of weight matrices", bounds="[0, inf)")
-    seed: int = option(0, "random seed", bounds="[0, 4294967295]")
-    device: str | None = option(None, "device (default: the fastest available)", choices=DEVICES)
-    dtype: str | None = option(None, "dtype of matrix products (default: bf16 if faster)", choices=tuple(DTYPES))
-    grad_accum: int = option(1, "micro-batches per step: less memory, same gradient", metavar="N", bounds="[1, inf)")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    compile: bool = option(False, "compile embeddings, layers and head with torch.compile (slow start)")
-    no_cuda_graphs: bool = option(False, "on a single GPU: launch every kernel separately, without CUDA graphs")
-    fsdp: bool = option(False, "with torchrun: shard weights and optimizer state across processes (FSDP2)")
-    out: Path | None = option(None, "run folder (default: runs/TASK-BLOCKS-seedN)")
-    resume: bool = option(False, "continue the run in --out, with its arguments; --epochs may be increased")
-    log_every: int = option(20, "steps between log lines", metavar="N", bounds="[1, inf)")
-    eval_every: int | None = option(None, "steps between evaluations (default: a quarter epoch)", bounds="[1, inf)")
-    save_every: int | None = option(None, "steps between checkpoints (default: at evaluations)", bounds="[1, inf)")
-    keep_checkpoints: int = option(2, "number of checkpoints to keep", metavar="N", bounds="[1, inf)")
-    keep_optimizer: bool = option(False, "keep the optimizer's state after the last step, to add epochs without a new warmup")
-    debug: bool = option(False, "show the full traceback of errors")
+    layer_lr_decay: float = option(1.0, "factor of the learning rate from each layer to the one before", bounds="(0, 1]")
 
     def __post_init__(self) -> None:
         TaskArgs.__post_init__(self)
         WeightsArgs.__post_init__(self)
-        if self.resume and self.out is None:
-            raise FunnelError("resume: set --out to the run folder", "resume")
-        if self.fsdp and self.dtype == "fp16":
-            raise FunnelError("fsdp: use --dtype bf16 or fp32, not fp16", "fsdp")
+        self.check_run()
+        self.check_teacher()
 
 
 def load(args: TrainArgs, dist: Distributed, run: RunDir) -> tuple[TrainArgs, Task, BuiltModel, Dataset, dict[str, Dataset]]:
@@ -105,13 +88,12 @@ def train_step(batch: Batch, args: TrainArgs, components: TrainComponents, guard
     for i, micro in enumerate(micro_batches):
         with dist.sync_gradients(wrapped, is_last=i == len(micro_batches) - 1):
             with components.autocast():
-                logits = wrapped(**micro.inputs)
-            micro_loss = loss_function(logits, micro.labels, components.model.config.label_std) * micro.weight
+                micro_loss = components.loss(wrapped, micro) * micro.weight
             scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     loss = dist.mean(loss)
     scaler.unscale_(optimizer)
-    norm = clip_grad_norm(components.model, 1.0, None if scaler.is_enabled() else optimizer)
+    norm = clip_grad_norm(components.module, 1.0, None if scaler.is_enabled() else optimizer)
     guard.observe(loss, norm)  # skips the update if it is not finite
     scaler.step(optimizer)
     scaler.update()
@@ -125,24 +107,26 @@ def train(args: TrainArgs, dist: Distributed, command: str) -> dict[str, float]:
     run = RunDir.open(args, dist)
     with dist.main_process_first():  # the others find downloads and encoded texts in the cache
         args, task, built, train_set, eval_sets = load(args, dist, run)
+        loss = training_loss(args, built.model, built.tokenizer, dist.device)
     model, tokenizer = built.model, built.tokenizer
     dtype = choose_dtype(args.dtype, dist.device, model.config.d_model)
     steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
     total_steps = max(1, round(steps_per_epoch * args.epochs))
     eval_every = args.eval_every or math.ceil(steps_per_epoch / 4)
-    derived = {"blocks": model.config.layout, "dtype": dtype, "steps": total_steps, **describe_data(task, train_set, eval_sets)}
+    derived = {"blocks": model.config.layout, "dtype": dtype, "steps": total_steps, **loss.settings()}
+    derived |= describe_data(task, train_set, eval_sets)
     state = run.start(args, derived, command)
     if dist.is_main and run.checkpoint is None:
-        write_plan(run.folder / "layout_plan.json", built.plan)
+        built.write_plan(run.folder)
 
     # optimizer
     model.to(dist.device).train()
     model.set_gradient_checkpointing(args.gradient_checkpointing)
     wrapped = dist.wrap(model, fsdp=args.fsdp, compile=args.compile)
-    optimizer = build_adamw(param_groups(model, args.weight_decay), args.lr, dist.graph_device)
+    optimizer = build_adamw(param_groups(model, args.weight_decay, args.layer_lr_decay), args.lr, dist.graph_device)
     schedule = LinearWarmupDecay(optimizer, args.lr, range(state.schedule_start, total_steps), state.warmup)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
-    components = TrainComponents(dist, model, wrapped, tokenizer, optimizer, scaler, dtype)
+    components = TrainComponents(dist, model, wrapped, tokenizer, optimizer, scaler, dtype, loss)
     state.restore(components)
     data = partial(TrainingBatches(train_set, dist.device), args.batch_size, args.seed, shard=dist.shard)
     guard = NonFiniteGuard(components, data, schedule, args)

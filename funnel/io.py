@@ -1,4 +1,4 @@
-"""Files: JSON, atomic writes of files and folders, checksums, the cache directory.
+"""Files: JSON, atomic writes of files and folders, checksums, the cache.
 
 Readers see either the old content or the new, never a partial write. Errors name the file.
 """
@@ -10,7 +10,9 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +230,39 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("FUNNEL_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "funnel"
+
+
+def write_cache_entry(folder: Path, write: Callable[[Path], None]) -> tuple[Path, bool]:
+    """Creates a folder in the cache. It appears when it is complete, also if several processes create it at once.
+
+    Args:
+        folder: the entry; must not exist, unless another process was faster.
+        write: writes the files into the folder that it is called with.
+
+    Returns:
+        The entry and True; if the cache is not writable (which gives a warning), a temporary folder, which the caller
+        removes, and False.
+
+    Raises:
+        FunnelError: the disk is full.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary, is_cached = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent)), True
+    except OSError as error:
+        message = f"cannot write {folder.parent} ({error_reason(error)}); texts will be encoded again in every run"
+        warnings.warn(message, stacklevel=3)
+        temporary, is_cached = Path(tempfile.mkdtemp(prefix="funnel-")), False
+    try:
+        with os_errors(temporary, "write", hint="set FUNNEL_CACHE to a folder with more space"):
+            write(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if not is_cached:
+        return temporary, False
+    try:
+        temporary.replace(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder, True

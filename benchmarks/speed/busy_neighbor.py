@@ -32,7 +32,7 @@ BUSY_LOOP = "while True: pass"
 def measure_rates(args: argparse.Namespace) -> list[tuple[float, float]]:
     """Examples per second of this process in alternating rounds: (idle, with one busy process per core)."""
     import train
-    from benchmarks.speed.models import FunnelTrainer
+    from benchmarks.speed.models import funnel_trainer
     from funnel.training.device import choose_dtype, keep_freed_memory
     from funnel.training.distributed import init_distributed
     from funnel.training.run_dir import RunDir
@@ -42,7 +42,7 @@ def measure_rates(args: argparse.Namespace) -> list[tuple[float, float]]:
         train_args = train.TrainArgs(weights=args.weights, blocks=args.blocks)
         train_args, _, built, train_set, _ = train.load(train_args, dist, RunDir(Path()))
         model = built.model.train()
-        trainer = FunnelTrainer(model, train_args, choose_dtype(None, dist.device, model.config.d_model))
+        trainer = funnel_trainer(model, train_args, choose_dtype(None, dist.device, model.config.d_model))
         batches = train_set.batches(train_args.batch_size, train_args.seed)
 
         def measure() -> float:

@@ -45,7 +45,7 @@ from benchmarks.speed.models import (
 from benchmarks.speed.onnx_models import onnx_runs
 from benchmarks.speed.peak_memory import PeakMemory
 from benchmarks.speed.real_text import BATCH_SIZE, RealText
-from funnel.data.dataset import Batch
+from funnel.data.batches import Batch
 from funnel.training.device import choose_device
 from funnel.weights.build import WeightsArgs
 

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from benchmarks.speed.measure import median_timer, synchronize
-from benchmarks.speed.models import FunnelTrainer, Trainer, logits_function, random_batch, transformers_copy
-from funnel.data.dataset import Batch, Dataset, Rows, Truncation
+from benchmarks.speed.models import LoopTrainer, Trainer, funnel_trainer, logits_function, random_batch, transformers_copy
+from funnel.data.batches import Batch
+from funnel.data.dataset import Dataset, Rows, Truncation
 from funnel.data.device_batches import TrainingBatches
 from funnel.model.attention_backends import BACKENDS, attention_backend
 from funnel.model.attention_terms import AttentionTerms, RelativeTerms
@@ -172,7 +173,7 @@ def steps(settings: Settings) -> Iterator[Row]:
         yield step_row("transformers", shape, baseline[shape], settings) | {"memory_mib": memory}
     del reference, peer, take_step
     for name in settings.modes:
-        trainer = FunnelTrainer(new_model(SMALL), MODES[name], "bf16")  # compiling changes the model
+        trainer = funnel_trainer(new_model(SMALL), MODES[name], "bf16")  # compiling changes the model
         for shape in SHAPES:
             batch = random_batch(shape, DEVICE)
             started = time.perf_counter()
@@ -223,7 +224,7 @@ def real_lengths(settings: Settings) -> Iterator[Row]:
     baseline = 1000 * 32 * 100 / median_ms(partial(train_reference, 100), repeats=3, warmup=1)
     yield {"table": "SST-2 lengths", "side": "transformers", "texts_per_s": baseline}
     for name in settings.modes:
-        trainer = FunnelTrainer(new_model(MINI), MODES[name], "bf16")
+        trainer = funnel_trainer(new_model(MINI), MODES[name], "bf16")
         train_funnel = partial(train_batches, trainer, TrainingBatches(data, DEVICE)(32, seed=0))
         train_funnel(300)  # captures most graphs
         rate = 1000 * 32 * 400 / median_ms(partial(train_funnel, 400), repeats=3, warmup=0)
@@ -231,7 +232,7 @@ def real_lengths(settings: Settings) -> Iterator[Row]:
         yield {**row, "graphs": trainer.runner.description}
 
 
-def train_batches(trainer: FunnelTrainer, batches: Iterator[Batch], count: int) -> None:
+def train_batches(trainer: LoopTrainer, batches: Iterator[Batch], count: int) -> None:
     """Takes steps on the next batches."""
     for batch in islice(batches, count):
         trainer.step(batch)
@@ -252,7 +253,7 @@ def demo(settings: Settings) -> Iterator[Row]:
     """The demo task's model: batch 64 x 16, `2,2,2,2,2,2,2` H128."""
     batch = random_batch((64, 16), DEVICE)
     for name in settings.modes:
-        ms = median_ms(partial(FunnelTrainer(new_model(DEMO), MODES[name], "bf16").step, batch), repeats=20, warmup=5)
+        ms = median_ms(partial(funnel_trainer(new_model(DEMO), MODES[name], "bf16").step, batch), repeats=20, warmup=5)
         yield {"table": "demo", "side": name, "ms": ms, "steps_per_s": 1000 / ms}
 
 

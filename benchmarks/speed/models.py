@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funnel.data.dataset import Batch
+from funnel.data.batches import Batch, text_batch
 from funnel.model.checkpoint import Checkpoint
 from funnel.model.config import FunnelConfig, parse_blocks
 from funnel.model.heads import FunnelForSequenceClassification
+from funnel.training.args import RunArgs
 from funnel.training.cuda_graphs import step_runner
 from funnel.training.device import autocast, seed_step
 from funnel.training.distributed import Distributed
 from funnel.training.divergence import NonFiniteGuard
-from funnel.training.evaluate import loss_function
+from funnel.training.loss import TaskLoss, loss_function
 from funnel.training.optim import LinearWarmupDecay, build_adamw, param_groups
 from funnel.training.state import TrainComponents, TrainState
 from funnel.weights.huggingface import write_huggingface
@@ -28,6 +29,7 @@ from train import TrainArgs, train_step
 SIDES = ("funnel", "transformers")
 RELEASED_LAYOUT = "4,4,4"
 Logits = Callable[[], Tensor]  # computes the logits of a fixed batch
+Loss = Callable[[nn.Module, Batch], Tensor]  # as in TrainComponents
 
 
 def small_config(layout: str) -> FunnelConfig:
@@ -64,7 +66,7 @@ def random_batch(shape: tuple[int, int], device: torch.device) -> Batch:
     token_types = torch.zeros_like(ids)
     token_types[:, 0] = 2
     labels = torch.randint(0, 2, shape[:1], generator=generator)
-    return Batch(ids, torch.ones_like(ids), token_types, labels).to(device)
+    return text_batch(ids, torch.ones_like(ids), token_types, labels).to(device)
 
 
 def logits_function(model: nn.Module, batch: Batch) -> Logits:
@@ -107,25 +109,31 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class FunnelTrainer:
-    """Takes steps as train.py does; `step` returns without waiting for the device."""
+class LoopTrainer:
+    """Takes steps as train.py or pretrain.py does; `step` returns without waiting for the device.
 
-    def __init__(self, model: FunnelForSequenceClassification, args: TrainArgs, dtype: str) -> None:
-        device = next(model.parameters()).device
+    Args:
+        module: what is trained: a classifier, or an objective.
+        loss: computes the loss of a batch, as in `TrainComponents`.
+        take_step: the script's `train_step`.
+        args: the script's arguments.
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss, take_step: Callable[..., Tensor], args: RunArgs) -> None:
+        device = next(module.parameters()).device
         dist = Distributed(device)
-        wrapped = dist.wrap(model, compile=args.compile)
-        optimizer = build_adamw(param_groups(model, args.weight_decay), 1e-5, dist.graph_device)
+        wrapped = dist.wrap(module, compile=args.compile)
+        optimizer = build_adamw(param_groups(module, args.weight_decay), 1e-5, dist.graph_device)
         self.schedule = LinearWarmupDecay(optimizer, 1e-5, range(10**6), 0.1)
         scaler = torch.amp.GradScaler(device.type, enabled=False)
-        tokenizer: Any = None  # only checkpoints use it
-        components = TrainComponents(dist, model, wrapped, tokenizer, optimizer, scaler, dtype)
+        unused: Any = None  # model and tokenizer, which only evaluations and checkpoints use
+        components = TrainComponents(dist, unused, wrapped, unused, optimizer, scaler, args.dtype or "bf16", loss)
         guard = NonFiniteGuard(components, lambda start: iter(()), self.schedule, args)
         self.state = TrainState()
-        take_step = partial(train_step, args=args, components=components, guard=guard)
-        self.runner = step_runner(take_step, components, args)
+        self.runner = step_runner(partial(take_step, args=args, components=components, guard=guard), components, args)
 
     def step(self, batch: Batch) -> None:
-        """One turn of train.py's loop, without logging."""
+        """One turn of the loop, without logging."""
         self.schedule.set(self.state.step)
         seed_step(0, self.state.step, 0)
         self.state.record_step(self.runner(batch))
@@ -133,3 +141,8 @@ class FunnelTrainer:
     def step_without_graph(self, batch: Batch) -> None:
         """Runs the step eagerly, to measure its memory; advances neither schedule nor seed."""
         self.runner.step(batch)
+
+
+def funnel_trainer(model: FunnelForSequenceClassification, args: TrainArgs, dtype: str) -> LoopTrainer:
+    """Takes train.py's steps."""
+    return LoopTrainer(model, TaskLoss(), train_step, replace(args, dtype=dtype))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from funnel.analysis.onnx_report import open_session
-from funnel.data.dataset import Batch
+from funnel.data.batches import Batch
 from funnel.model.heads import FunnelPreTrainedModel
 from funnel.weights.export import INPUTS, OPSET, export_onnx, export_torch, quantize_onnx
 

@@ -16,7 +16,7 @@ import torch
 from benchmarks.speed.measure import process_memory, release_memory, reset_peak_memory
 from benchmarks.speed.models import build_pair, logits_function, mixed_precision, random_batch
 from funnel.training.device import keep_freed_memory
-from funnel.training.evaluate import loss_function
+from funnel.training.loss import loss_function
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ rounds. Ratios above 1 mean that absolute positions are faster.
 
 import argparse
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from torch import nn
 
 from benchmarks.speed.measure import Measurement, alternate, device_name, timer
 from benchmarks.speed.models import Logits, Trainer, logits_function, random_batch
-from funnel.data.dataset import Batch
+from funnel.data.batches import Batch, text_batch
 from funnel.model.config import FunnelConfig
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.device import choose_device
@@ -74,7 +73,8 @@ def count_layers(config: FunnelConfig) -> int:
 def time_training(models: dict[str, nn.Module], setting: Setting, device: torch.device) -> dict[str, Measurement]:
     """For each model, the measurement that times a training step."""
     batch = random_batch(setting.shape, device)
-    batch = replace(batch, token_type_ids=torch.zeros_like(batch.token_type_ids))  # BERT has no type for [CLS]
+    types = torch.zeros_like(batch.token_type_ids)  # BERT has no type for [CLS]
+    batch = text_batch(batch.input_ids, batch.attention_mask, types, batch.labels)
     measurements: dict[str, Measurement] = {}
     for side, model in models.items():
         trainer = Trainer.create(model.train().to(device), device, setting.dtype)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.speed.measure import Measurement, synchronize
-from benchmarks.speed.models import FunnelTrainer, Trainer, logits_function, transformers_copy
-from funnel.data.dataset import Batch, Dataset, encode_examples
+from benchmarks.speed.models import Trainer, funnel_trainer, logits_function, transformers_copy
+from funnel.data.batches import Batch
+from funnel.data.dataset import Dataset, encode_examples
 from funnel.data.tasks import Task, get_task, locate_files
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.device import choose_dtype
@@ -77,7 +78,7 @@ class RealText:
 
         shortest = 2 ** len(model.config.blocks)  # transformers fails on shorter sequences
         return {
-            "funnel": self._loop(FunnelTrainer(model, TrainArgs(), self.dtype).step, steps, 1),
+            "funnel": self._loop(funnel_trainer(model, TrainArgs(), self.dtype).step, steps, 1),
             "transformers, same batches": self._loop(step_peer, steps, shortest),
             "transformers, Trainer": self._trainer(transformers_copy(model), trainer_steps),
         }

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funnel.data.dataset import Batch, Dataset, encode_examples
+from funnel.data.batches import Batch
+from funnel.data.dataset import Dataset, encode_examples
 from funnel.data.tasks import get_task, locate_files
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.heads import FunnelBaseModel

@@ -8,7 +8,8 @@ from torch import nn
 
 from funnel.data.dataset import Dataset
 from funnel.training.device import autocast, choose_dtype, keep_freed_memory, seed_step, set_seed
-from funnel.training.evaluate import compute_metrics, loss_function, predict_logits
+from funnel.training.evaluate import compute_metrics, predict_logits
+from funnel.training.loss import loss_function
 from funnel.training.optim import LinearWarmupDecay, build_adamw, clip_grad_norm, param_groups
 
 CPU = torch.device("cpu")

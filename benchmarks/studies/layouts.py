@@ -25,7 +25,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.studies.results import read_results, run_all, train
-from funnel.data.dataset import Batch, encode_examples
+from funnel.data.batches import Batch
+from funnel.data.dataset import encode_examples
 from funnel.data.tasks import TaskArgs, load_task
 from funnel.io import read_json, write_json
 from funnel.model.checkpoint import is_funnel_checkpoint, load_config
@@ -33,7 +34,7 @@ from funnel.model.config import FunnelConfig, parse_blocks
 from funnel.model.flops import total_flops
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.device import autocast, choose_dtype, keep_freed_memory
-from funnel.training.evaluate import loss_function
+from funnel.training.loss import loss_function
 from funnel.training.optim import build_adamw, clip_grad_norm, param_groups
 from funnel.weights.build import WeightsArgs, build_classifier
 from funnel.weights.load import read_source_config, resolve

@@ -194,6 +194,8 @@ def read_run(folder: Path) -> Run:
         FunnelError: a file is missing or damaged, or the run has no evaluation yet.
     """
     record, best = read_json(folder / "run.json"), best_checkpoint(folder)
+    if "objective" in (record.get("arguments") or {}):
+        raise FunnelError(f"{folder}: a pretraining run; reports are about fine-tuning runs. Its losses are in metrics.jsonl")
     with os_errors(folder / "metrics.jsonl"):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     log = [line for line in map(_parse_log_line, lines) if line]

@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,13 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
 
+class StoreTuple(argparse.Action):
+    """Stores the values of a flag as a tuple; those of a repeated flag are added."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
+
+
 def flag(name: str) -> str:
     """The flag of a field or parameter: "batch_size" -> "--batch-size"."""
     return "--" + name.replace("_", "-")
@@ -47,9 +55,13 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         if kind is bool:
             parser.add_argument(flag(field.name), action="store_true", help=help_text)
             continue
-        if field.default is not None:
+        if field.default not in (None, ()):
             help_text += f" (default: {field.default})"
         metavar = field.metadata["metavar"] or {int: "N", float: "X", Path: "PATH"}.get(kind)
+        if typing.get_origin(kind) is tuple:  # tuple[X, ...]: one or more values
+            item = typing.get_args(kind)[0]
+            parser.add_argument(flag(field.name), type=item, nargs="+", action=StoreTuple, metavar=metavar, help=help_text)
+            continue
         parser.add_argument(flag(field.name), type=kind, choices=field.metadata["choices"], metavar=metavar, help=help_text)
 
 

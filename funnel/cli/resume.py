@@ -1,4 +1,4 @@
-"""The arguments of train.py when it resumes a run."""
+"""The arguments of train.py or pretrain.py when they resume a run."""
 
 import os
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def _canonical(name: str, value: Any) -> Any:
     """A value of an argument that is equal for equivalent values."""
     if value is None:
         return None
-    if name in ("weights", "layout_plan"):
+    if name in ("weights", "teacher") or isinstance(value, Path):
         return os.path.realpath(value)  # a hub id is resolved, too, which does no harm
     if name == "blocks":
         return parse_blocks(value)

@@ -12,123 +12,26 @@ import itertools
 import json
 import math
 import shutil
-import tempfile
-import warnings
 import weakref
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from funnel.data.batches import WHOLE, Batch, BatchRows, Shard, epoch_batches, global_batches, rows_of_rank, text_batch
 from funnel.data.checks import TextChecks, hash_texts
 from funnel.data.files import Example, ExampleFile, InMemoryExamples, normalize_label, parse_score
 from funnel.data.tokenizer import Encoding, FunnelTokenizer
-from funnel.errors import FunnelError, error_reason, format_list, plural
-from funnel.io import cache_dir, os_errors, read_json, write_json
+from funnel.errors import FunnelError, format_list, plural
+from funnel.io import cache_dir, read_json, write_cache_entry, write_json
 
 CHUNK_SIZE = 1024  # examples per call of the tokenizer, which processes them in parallel
 CACHE_VERSION = 3
-SORT_WINDOW = 64  # batches; examples are sorted by length within a window
-
-
-class Shard(NamedTuple):
-    """One rank's part of the data."""
-
-    rank: int = 0
-    world_size: int = 1
-
-
-WHOLE = Shard()
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """A padded batch: the whole global batch, one rank's rows of it, or a micro-batch.
-
-    Attributes:
-        input_ids, attention_mask, token_type_ids: [b, l], int64.
-        labels: [b], int64 label ids, or float32 scores.
-        weight: factor for the batch's mean loss. The sum over micro-batches and the mean over ranks (DDP averages
-            gradients) of weight * mean loss is the mean loss over the global batch. 0 if the rank has no row.
-        n_examples: number of rows of the global batch; default: those of this batch.
-        world_size: number of ranks that share the global batch.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    token_type_ids: Tensor
-    labels: Tensor
-    weight: float = 1.0
-    n_examples: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        if self.n_examples == 0:
-            object.__setattr__(self, "n_examples", len(self.labels))
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """The model's inputs, as in `model(**batch.inputs)`."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "token_type_ids": self.token_type_ids,
-        }
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The model's inputs and the labels."""
-        return {**self.inputs, "labels": self.labels}
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """Applies a function to every tensor."""
-        tensors: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors.items()}
-        return replace(self, **tensors)
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """Copies the tensors to a device; the copy from CPU to GPU is asynchronous."""
-        is_upload = torch.device(device).type == "cuda" and self.labels.device.type == "cpu"
-        batch = self.map(Tensor.pin_memory) if is_upload else self
-        return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def split(self, n: int) -> list["Batch"]:
-        """Splits the batch into `n` micro-batches whose sizes differ by at most one row.
-
-        There are fewer if a rank has fewer rows; all ranks return the same number. The padded length stays.
-        """
-        n = min(n, max(1, self.n_examples // self.world_size))
-        micro_batches = []
-        for part in zip(*(tensor.tensor_split(n) for tensor in self.tensors.values()), strict=True):
-            tensors: dict[str, Any] = dict(zip(self.tensors, part, strict=True))
-            weight = self.weight * len(tensors["labels"]) / len(self.labels)
-            micro_batches.append(replace(self, **tensors, weight=weight))
-        return micro_batches
-
-
-class BatchRows(NamedTuple):
-    """One rank's rows of a global batch.
-
-    Attributes:
-        rows: [b], row numbers.
-        length: length of the longest example of the global batch.
-        weight, n_examples, world_size: as in `Batch`.
-    """
-
-    rows: np.ndarray
-    length: int
-    weight: float
-    n_examples: int
-    world_size: int
-
-    def complete(self, batch: Batch) -> Batch:
-        """The batch with these rows, its weight and sizes set."""
-        return replace(batch, weight=self.weight, n_examples=self.n_examples, world_size=self.world_size)
 
 
 class Truncation(NamedTuple):
@@ -262,7 +165,7 @@ class Dataset:
             mask[i, :length] = 1
         types[:, 0] = 2  # [CLS]
         labels = labels.astype(np.int64) if labels.dtype == np.int32 else labels
-        return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(types), torch.from_numpy(labels))
+        return text_batch(*(torch.from_numpy(array) for array in (ids, mask, types, labels)))
 
     def batches(self, batch_size: int, seed: int, *, start: int = 0, shard: Shard = WHOLE) -> Iterator[Batch]:
         """Yields one training batch per step, indefinitely: the rows of `batch_rows`, padded to the global batch's length."""
@@ -270,40 +173,13 @@ class Dataset:
             yield part.complete(self.batch(part.rows, part.length))
 
     def batch_rows(self, batch_size: int, seed: int, *, start: int = 0, shard: Shard = WHOLE) -> Iterator[BatchRows]:
-        """Yields this rank's row numbers, one batch per step, indefinitely.
-
-        The batch of a step depends on `seed` and the step only, so that a resumed run sees the same batches. With several
-        ranks, each gets its rows of the global batch. A rank without a row gets the first row, with weight 0.
-
-        Args:
-            batch_size: rows of the global batch.
-            start: the first step.
-        """
-        epoch, offset = divmod(start, math.ceil(len(self) / batch_size))
-        while True:
-            for index in self.training_batches(batch_size, seed, epoch)[offset:]:
-                rank, world_size = shard
-                rows = np.array_split(index, world_size)[rank]
-                weight = len(rows) * world_size / len(index)
-                length = int(self.lengths[index].max())
-                yield BatchRows(rows if len(rows) else index[:1], length, weight, len(index), world_size)
-            epoch, offset = epoch + 1, 0
+        """Yields this rank's row numbers, one batch per step, indefinitely; see `batches.global_batches`."""
+        for index in global_batches(self.lengths, batch_size, seed, start):
+            yield rows_of_rank(index, self.lengths, shard)
 
     def training_batches(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-        """The batches of one epoch as arrays of row numbers: shuffled, with texts of similar length in a batch.
-
-        An epoch contains every row once; its order depends on `seed` and `epoch` only. Rows are shuffled, sorted by length
-        within windows of `SORT_WINDOW` batches and cut into batches; then the batches are shuffled.
-        """
-        random = np.random.default_rng([seed, epoch])
-        order = random.permutation(len(self))
-        window = SORT_WINDOW * batch_size
-        batches: list[np.ndarray] = []
-        for start in range(0, len(order), window):
-            rows = order[start : start + window]
-            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
-            batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        return [batches[i] for i in random.permutation(len(batches))]
+        """The batches of one epoch as arrays of row numbers; see `batches.epoch_batches`."""
+        return epoch_batches(self.lengths, batch_size, seed, epoch)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Yields batches of row numbers, longest texts first, so that out-of-memory errors occur at once."""
@@ -365,23 +241,16 @@ def encode_examples(
         return _open(folder, tokenizer.pad_id, digest)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):  # missing or damaged
         shutil.rmtree(folder, ignore_errors=True)
-    temporary, is_cache_writable = _temporary_folder(folder)
-    try:
-        with os_errors(temporary, "write", hint="set FUNNEL_CACHE to a folder with more space"):
-            job.write(temporary)
+
+    def write(temporary: Path) -> None:
+        job.write(temporary)
         if source.digest() != digest:
             raise FunnelError(f"{getattr(source, 'path', 'examples')}: changed while being read; try again")
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if is_cache_writable:
-        try:
-            temporary.replace(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(temporary, ignore_errors=True)
-        return _open(folder, tokenizer.pad_id, digest)
-    dataset = _open(temporary, tokenizer.pad_id, digest)
-    weakref.finalize(dataset.token_ids, shutil.rmtree, temporary, ignore_errors=True)
+
+    folder, is_cached = write_cache_entry(folder, write)
+    dataset = _open(folder, tokenizer.pad_id, digest)
+    if not is_cached:
+        weakref.finalize(dataset.token_ids, shutil.rmtree, folder, ignore_errors=True)
     return dataset
 
 
@@ -443,17 +312,6 @@ def _unknown_label(label: str, known: Iterable[str]) -> str:
     similar = next((other for other in known if normalize_label(other) == normalize_label(label)), None)
     hint = f"; only case, spaces or number format differ from {similar!r}" if similar is not None else ""
     return f"unknown label {label!r}; the labels are {format_list(known)}{hint}"
-
-
-def _temporary_folder(folder: Path) -> tuple[Path, bool]:
-    """Creates a folder beside the cache entry (True) or, with a warning, in the system's temporary directory (False)."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent)), True
-    except OSError as error:
-        message = f"cannot write {folder.parent} ({error_reason(error)}); texts will be encoded again in every run"
-        warnings.warn(message, stacklevel=3)
-        return Path(tempfile.mkdtemp(prefix="funnel-")), False
 
 
 def _open(folder: Path, pad_id: int, digest: str) -> Dataset:

@@ -15,23 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funnel.data.dataset import WHOLE, Batch, BatchRows, Dataset, Shard
+from funnel.data.batches import WHOLE, Batch, BatchRows, Shard, text_batch
+from funnel.data.dataset import Dataset
 
 MIN_STEP = 8  # between padded lengths
 MAX_MEMORY_SHARE = 1 / 8  # of the free memory of a device, for a dataset
 QUEUE_SIZE = 4  # batches assembled ahead by the background thread
 
 
-def padded_length(dataset: Dataset, length: int, device: torch.device) -> int:
+def padded_length(longest: int, length: int, device: torch.device) -> int:
     """The padded length of a batch whose longest text has `length` tokens.
 
     On CUDA, a multiple of an eighth of the next power of two, of `MIN_STEP` at least: 12 lengths up to 128 tokens, 20 up to
-    512. Never more than the longest text of the dataset, which fits the model's table of positions. Elsewhere, `length`.
+    512. Never more than `longest`, the longest text of the dataset, which fits the model's table of positions. Elsewhere,
+    `length`.
     """
     if device.type != "cuda":
         return length
     step = max(MIN_STEP, 2 ** ((length - 1).bit_length() - 3))
-    return min(-(-length // step) * step, dataset.longest)
+    return min(-(-length // step) * step, longest)
 
 
 class DeviceDataset:
@@ -61,7 +63,7 @@ class DeviceDataset:
         ids = self.token_ids[position].long().masked_fill_(~is_token, self.pad_id)
         types = ((column >= self.pair_starts[index]) & is_token).long()
         types[:, 0].fill_(2)  # [CLS]
-        return Batch(ids, is_token.long(), types, self.labels[index])
+        return text_batch(ids, is_token.long(), types, self.labels[index])
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -83,21 +85,26 @@ class TrainingBatches:
         parts = self.dataset.batch_rows(batch_size, seed, start=start, shard=shard)
         if self._on_device is not None:
             return self._make_batches(parts, self._on_device)
-        batches = self._make_batches(parts, self.dataset)
-        if self.device.type == "cuda":
-            batches = prefetch(self._pin_batches(batches))
-        return (batch.to(self.device) for batch in batches)
+        return move_batches(self._make_batches(parts, self.dataset), self.device)
 
     def _make_batches(self, parts: Iterator[BatchRows], source: Dataset | DeviceDataset) -> Iterator[Batch]:
         for part in parts:
-            yield part.complete(source.batch(part.rows, padded_length(self.dataset, part.length, self.device)))
+            yield part.complete(source.batch(part.rows, padded_length(self.dataset.longest, part.length, self.device)))
 
-    def _pin_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Copies the batches to pinned memory, from which they are copied to the GPU without waiting."""
-        if self.device.index is not None:
-            torch.cuda.set_device(self.device)  # of the thread that runs this
-        for batch in batches:
-            yield batch.map(Tensor.pin_memory)
+
+def move_batches(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yields batches on a device; for CUDA, a background thread assembles them."""
+    if device.type == "cuda":
+        batches = prefetch(_pin_batches(batches, device))
+    return (batch.to(device) for batch in batches)
+
+
+def _pin_batches(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copies batches to pinned memory, from which they are copied to the GPU without waiting."""
+    if device.index is not None:
+        torch.cuda.set_device(device)  # of the thread that runs this
+    for batch in batches:
+        yield batch.map(Tensor.pin_memory)
 
 
 def prefetch(batches: Iterator[Batch], size: int = QUEUE_SIZE) -> Iterator[Batch]:

@@ -10,6 +10,7 @@ import csv
 import gzip
 import itertools
 import json
+import lzma
 import os
 import re
 import zlib
@@ -38,9 +39,10 @@ HINTS = {
         "unknown format; name the columns in line 1 and rename the file to .tsv (tab-separated) or .csv (comma-separated)",
     ),
 }
-READ_ERRORS = (OSError, EOFError, zlib.error)  # gzip raises all three
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of gzip and lzma
 SIGNATURES = {  # first bytes of files with the wrong name
     b"\x1f\x8b": "gzip-compressed, but the name does not end in .gz; rename the file",
+    b"\xfd7zXZ\0": "xz-compressed; unpack the file",
     b"PK\x03\x04": "a spreadsheet or zip archive; save the table as CSV UTF-8",
     b"PAR1": "a parquet file; rename it to .parquet",
     b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
@@ -327,6 +329,8 @@ def _read_parquet(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[st
 
 
 def _open(path: Path) -> BinaryIO:
+    if path.suffix.lower() == ".xz":  # corpora only; `check_file` rejects it
+        return cast(BinaryIO, lzma.open(path))
     return cast(BinaryIO, gzip.open(path) if is_gzipped(path) else path.open("rb"))
 
 

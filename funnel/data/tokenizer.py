@@ -10,19 +10,21 @@ vocabularies on the hub. If a text contains the name of a special token, it is r
 """
 
 import copy
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordPiece
+from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
 from funnel.data.files import is_utf8
@@ -44,6 +46,11 @@ SPECIAL = {
 }
 REQUIRED = ("pad", "cls", "sep")
 MIN_FREQUENCY = 5  # of a word in a trained vocabulary
+MIN_VOCAB_SIZE = 100  # of a vocabulary of word pieces
+CHARACTER_COVERAGE = 0.9999  # of a vocabulary of word pieces; SentencePiece's default is 0.9995
+REPETITIONS = 10_000  # of a word in one string
+MAX_WORD_LENGTH = 100  # characters; a longer word is unknown
+PRIVATE_USE = 0xF0000  # the first of 65,534 characters that mean nothing
 DEFAULT_MAX_LENGTH = 512  # tokens
 
 
@@ -274,13 +281,52 @@ class FunnelTokenizer:
         return cls._wordpiece(tokens, normalizer, "vocabulary of the training texts")
 
     @classmethod
+    def train_wordpiece(cls, texts: Iterable[str], vocab_size: int) -> "FunnelTokenizer":
+        """Trains an uncased WordPiece vocabulary, the same in every run.
+
+        The merges are those of byte-pair encoding, as in the `tokenizers` library's own WordPiece trainer, which numbers
+        tokens in an order that differs between runs. The rarest characters are unknown: all but `CHARACTER_COVERAGE` of a
+        text's characters.
+
+        Args:
+            texts: may be an iterator; only the words and their counts are held in memory.
+            vocab_size: number of tokens, special ones included. A small text gives fewer.
+
+        Raises:
+            FunnelError: `vocab_size` is too small, or there are no words.
+        """
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise FunnelError(f"invalid vocab_size {vocab_size}: expected at least {MIN_VOCAB_SIZE}", "vocab_size")
+        normalizer = BertNormalizer(lowercase=True)
+        words = _count_words(texts, normalizer)
+        if not words:
+            raise FunnelError("cannot train a vocabulary: the texts contain no words")
+        alphabet = _frequent_characters(words, vocab_size // 4)
+        # The first character of a word becomes a character of its own, because only later ones get the prefix "##".
+        initial = {character: chr(PRIVATE_USE + i) for i, character in enumerate(alphabet)}
+        known = sorted(word for word in words if len(word) <= MAX_WORD_LENGTH and initial.keys() >= set(word))
+        marked = (
+            f"{initial[word[0]]}{word[1:]} " * min(words[word] - done, REPETITIONS)
+            for word in known
+            for done in range(0, words[word], REPETITIONS)
+        )
+        trainer = BpeTrainer(vocab_size=vocab_size - len(SPECIAL), min_frequency=2, show_progress=False)
+        bpe = Tokenizer(BPE())
+        bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        bpe.train_from_iterator(marked, trainer)
+        first = {marker: character for character, marker in initial.items()}
+        learned = sorted(bpe.get_vocab(), key=bpe.get_vocab().__getitem__)
+        tokens = [first[token[0]] + token[1:] if token[0] in first else f"##{token}" for token in learned]
+        return cls._wordpiece([f"<{role}>" for role in SPECIAL] + tokens, normalizer, "vocabulary of the corpus")
+
+    @classmethod
     def _wordpiece(
         cls, tokens: list[str], normalizer: BertNormalizer, source: str, declared: Mapping[str, str] | None = None
     ) -> "FunnelTokenizer":
         vocabulary = {token: i for i, token in enumerate(tokens)}
         names = ((declared or {}).get("unk"), *SPECIAL["unk"])
         unknown = next((name for name in names if name in vocabulary), SPECIAL["unk"][0])
-        tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100))
+        tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=MAX_WORD_LENGTH))
         tokenizer.normalizer = normalizer
         tokenizer.pre_tokenizer = BertPreTokenizer()
         result = cls(tokenizer, source, declared)
@@ -364,16 +410,23 @@ class FunnelTokenizer:
         if not special < max_length < 2**31:
             message = f"invalid max_length {max_length}: expected more than the {special} special tokens, and below 2**31"
             raise FunnelError(message, "max_length")
+        first = self.encode_plain(texts)
+        second = self.encode_plain(pairs) if pairs is not None else itertools.repeat(None, len(first))
+        return [self._join(ids, pair_ids, max_length) for ids, pair_ids in zip(first, second, strict=True)]
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of texts, in parallel, without special tokens and without truncation.
+
+        Raises:
+            FunnelError: a text cannot be encoded.
+        """
         try:
-            sides = [self.tokenizer.encode_batch_fast(side, add_special_tokens=False) for side in (texts, pairs or [])]
+            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception as error:  # the library raises plain Exception, for instance if [UNK] is missing
-            for text in (*texts, *(pairs or ())):
+            for text in texts:
                 if not is_utf8(text):
                     raise FunnelError(f"{text[:40]!a}: not valid UTF-8; convert the text first") from None
             raise FunnelError(f"{self.source}: cannot encode ({error_reason(error)}); use another tokenizer") from None
-        if pairs is None:
-            return [self._join(encoding.ids, None, max_length) for encoding in sides[0]]
-        return [self._join(first.ids, second.ids, max_length) for first, second in zip(*sides, strict=True)]
 
     def _join(self, first: list[int], second: list[int] | None, max_length: int) -> Encoding:
         """Truncates the ids of a text or pair and adds the special tokens.
@@ -419,6 +472,30 @@ class FunnelTokenizer:
                 text = "" if (self.tokenizer.id_to_token(token_id) or "").strip("▁") == "" else "\ufffd"
             texts.append(f" {text.lstrip()}" if is_first else text)
         return texts
+
+
+def _count_words(texts: Iterable[str], normalizer: BertNormalizer) -> Counter[str]:
+    """The words of some texts, split as BERT does, and how often they occur."""
+    chunks: Counter[str] = Counter()
+    for text in texts:
+        chunks.update(text.split())
+    words, pre_tokenizer = Counter[str](), BertPreTokenizer()
+    for chunk, count in chunks.items():  # each once, because normalizing is slow
+        for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(chunk)):
+            words[word] += count
+    return words
+
+
+def _frequent_characters(words: Mapping[str, int], limit: int) -> list[str]:
+    """The fewest characters that make up `CHARACTER_COVERAGE` of all, `limit` at most, sorted."""
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    frequent = sorted(counts, key=lambda character: (-counts[character], character))[:limit]
+    covered = itertools.accumulate(counts[character] for character in frequent)
+    enough = CHARACTER_COVERAGE * counts.total()
+    return sorted(frequent[: 1 + sum(total < enough for total in covered)])
 
 
 def _find_names(tokenizer: Tokenizer, given: Mapping[str, str]) -> dict[str, str]:

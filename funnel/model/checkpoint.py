@@ -4,6 +4,7 @@ Weights are dictionaries of tensors; nothing here depends on the model classes. 
 pickles that contain only tensors.
 """
 
+import hashlib
 import math
 import os
 import pickle
@@ -49,17 +50,19 @@ def is_funnel_checkpoint(folder: str | Path) -> bool:
 
 
 def best_checkpoint(folder: Path) -> Path:
-    """The best checkpoint of a training run, if the folder is a run's; otherwise the folder itself.
+    """The best checkpoint of a training run, or the last one of a pretraining run; other folders are returned as they are.
 
     Raises:
-        FunnelError: the run has no best checkpoint yet.
+        FunnelError: the run has no such checkpoint yet.
     """
     if not (folder / "run.json").is_file():
         return folder
+    arguments = read_json(folder / "run.json").get("arguments")
+    name = "last" if isinstance(arguments, dict) and "objective" in arguments else "best"
     try:
-        return existing_folder(folder / "best")
+        return existing_folder(folder / name)
     except FunnelError:
-        raise FunnelError(f"{folder}: the run has no best checkpoint yet; wait for its first evaluation") from None
+        raise FunnelError(f"{folder}: the run has no {name} checkpoint yet; wait for its first evaluation") from None
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
@@ -180,6 +183,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         with torch.no_grad():
             tensor.copy_(weights[name])
     return new
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A checksum of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_names(missing: list[str], unexpected: list[str], source: str | Path) -> None:

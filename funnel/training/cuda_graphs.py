@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funnel.data.dataset import Batch
+from funnel.data.batches import Batch
 from funnel.errors import FunnelError, error_reason, plural
 from funnel.training.state import TrainComponents
 
@@ -81,8 +81,8 @@ class StepRunner:
 
     def __init__(self, step: Callable[[Batch], Tensor], cuda: GraphCapturer | None) -> None:
         self.step, self.cuda = step, cuda
-        self._seen: set[torch.Size] = set()
-        self._graphs: dict[torch.Size, _Graph] = {}
+        self._seen: set[tuple[torch.Size, ...]] = set()
+        self._graphs: dict[tuple[torch.Size, ...], _Graph] = {}
 
     def __call__(self, batch: Batch) -> Tensor:
         """Takes one training step; returns the loss, which stays on the device.
@@ -92,7 +92,7 @@ class StepRunner:
         """
         if self.cuda is None:
             return self.step(batch)
-        shape = batch.input_ids.shape
+        shape = batch.shapes
         if shape not in self._graphs:
             if shape not in self._seen or len(self._graphs) == MAX_GRAPHS:
                 self._seen.add(shape)

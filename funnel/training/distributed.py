@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from funnel.data.dataset import Shard
+from funnel.data.batches import Shard
 from funnel.errors import FunnelError, exit_silently
 from funnel.model.compilation import compile_regions
 from funnel.model.encoder import FunnelLayer

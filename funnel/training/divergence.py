@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funnel.data.dataset import Batch
+from funnel.data.batches import Batch
 from funnel.errors import FunnelError, exit_silently, plural
-from funnel.model.heads import FunnelPreTrainedModel
 from funnel.training.device import seed_step
-from funnel.training.evaluate import Evaluation, check_finite_logits, loss_function
+from funnel.training.evaluate import Evaluation, check_finite_logits
+from funnel.training.loss import first_value
 from funnel.training.optim import LinearWarmupDecay, full_tensor
 from funnel.training.state import TrainComponents
 
@@ -74,18 +74,18 @@ class NonFiniteGuard:
 
     def _diagnose(self, step: int) -> str | None:
         """Recomputes a step; returns the first cause found on any rank."""
-        dist, model = self.components.dist, self.components.model
+        dist, module = self.components.dist, self.components.module
         seed_step(self.args.seed, step, dist.rank)
         batch = next(self.batches(start=step))
-        model.zero_grad()
+        module.zero_grad()
         for micro in batch.split(self.args.grad_accum):
             with self.components.autocast():
-                loss, cause = forward_and_find_nonfinite(model, micro)
+                loss, cause = forward_and_find_nonfinite(module, self.components.loss, micro)
             cause = dist.first_result(cause)
             if cause is not None:  # on some rank: no rank may start a backward pass, which communicates under FSDP
                 return cause
             (loss * micro.weight).backward()
-        return dist.first_result(find_nonfinite_gradient(model))
+        return dist.first_result(find_nonfinite_gradient(module))
 
     def _fail(self, step: int, cause: str) -> None:
         if not self.components.dist.is_main:
@@ -96,7 +96,9 @@ class NonFiniteGuard:
         )
 
 
-def forward_and_find_nonfinite(model: FunnelPreTrainedModel, batch: Batch) -> tuple[Tensor, str | None]:
+def forward_and_find_nonfinite(
+    model: nn.Module, loss_of: Callable[[nn.Module, Batch], Tensor], batch: Batch
+) -> tuple[Tensor, str | None]:
     """Computes the loss of a batch; names the first module, in order of execution, with a non-finite output, if any."""
     nonfinite: list[str] = []  # modules
 
@@ -111,7 +113,7 @@ def forward_and_find_nonfinite(model: FunnelPreTrainedModel, batch: Batch) -> tu
     handles = [module.register_forward_hook(hook(name)) for name, module in with_parameters]
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code does not call the hooks
-            loss = loss_function(model(**batch.inputs), batch.labels, model.config.label_std)
+            loss = first_value(loss_of(model, batch))
     finally:
         for handle in handles:
             handle.remove()

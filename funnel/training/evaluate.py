@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funnel.data.dataset import WHOLE, Dataset, Shard
+from funnel.data.batches import WHOLE, Shard
+from funnel.data.dataset import Dataset
 from funnel.data.device_batches import padded_length
 from funnel.errors import FunnelError, StoppedBySignal, plural
 from funnel.training.device import autocast
+from funnel.training.loss import loss_function
 from funnel.training.metrics import LOSS, get_metric, rmse
 from funnel.training.state import TrainComponents
 
@@ -29,18 +30,6 @@ class Evaluation(NamedTuple):
 
     logits: Tensor
     scores: dict[str, float]
-
-
-def loss_function(logits: Tensor, labels: Tensor, label_std: float = 1.0) -> Tensor:
-    """Mean cross-entropy for label ids, mean squared error for float labels. logits [b, n_outputs], labels [b].
-
-    Args:
-        label_std: unit of the squared errors. Training uses the labels' standard deviation (`FunnelConfig.label_std`), so
-            that gradients do not depend on the labels' scale; with 1, the loss is in the labels' own units.
-    """
-    if labels.is_floating_point():
-        return ((logits.float().squeeze(1) - labels) / label_std).square().mean()
-    return F.cross_entropy(logits.float(), labels)
 
 
 def evaluate(
@@ -107,7 +96,7 @@ def predict_logits(model: nn.Module, dataset: Dataset, shard: Shard = WHOLE, pol
         for number in range(rank, rounds * world_size, world_size):
             poll()
             rows = batches[min(number, len(batches) - 1)]  # FSDP needs the same number of forward passes on every rank
-            batch = dataset.batch(rows, padded_length(dataset, int(dataset.lengths[rows].max()), device))
+            batch = dataset.batch(rows, padded_length(dataset.longest, int(dataset.lengths[rows].max()), device))
             outputs.append(model(**batch.to(device).inputs).float())
     finally:
         model.train(was_training)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -24,10 +24,11 @@ class Progress:
 
     Args:
         label_std: standard deviation of a regression's labels; the training loss is shown in their units.
+        names: of the values in `state.mean_loss`.
     """
 
-    def __init__(self, run: RunDir, state: TrainState, label_std: float = 1.0) -> None:
-        self.run, self.state, self.label_std = run, state, label_std
+    def __init__(self, run: RunDir, state: TrainState, label_std: float = 1.0, names: Sequence[str] = ("loss",)) -> None:
+        self.run, self.state, self.label_std, self.names = run, state, label_std, names
         self.examples = 0
         self._started = time.perf_counter()
         disable = None if run.is_main else True  # None: no bar unless standard error is a terminal
@@ -58,20 +59,26 @@ class Progress:
         self.bar.update()
 
     def log_train(self, lr: float, memory_mib: float | None) -> None:
-        """Logs the running mean of the loss, which waits for the device; nothing before this process's first step."""
+        """Logs running means of the loss and the other values, which waits for the device; nothing before this process's
+        first step."""
         if not self.examples or self.state.mean_loss is None:
             return
-        loss, rate = float(self.state.mean_loss) * self.label_std**2, self.examples_per_second
-        self.run.log(step=self.state.step, split="train", loss=loss, lr=lr, examples_per_second=rate, memory_mib=memory_mib)
-        self.bar.set_postfix_str(f"loss {_format_score(loss)}, {rate:.0f} examples/s", refresh=False)
+        values = (self.state.mean_loss * self.label_std**2).reshape(-1).tolist()
+        losses, rate = dict(zip(self.names, values, strict=True)), self.examples_per_second
+        self.run.log(step=self.state.step, split="train", **losses, lr=lr, examples_per_second=rate, memory_mib=memory_mib)
+        self.bar.set_postfix_str(f"{format_scores(losses)}, {rate:.0f} examples/s", refresh=False)
 
     def log_evaluation(self, results: Mapping[str, Evaluation]) -> None:
         """Logs and prints an evaluation."""
         for split, (_, scores) in results.items():
-            self.run.log(step=self.state.step, split=split, **scores)
-            if self.run.is_main:
-                text = format_scores({"step": self.state.step, **scores})
-                self.bar.write(text + ("" if split == "dev" else f" ({split})"))
+            self.log_scores(split, scores)
+
+    def log_scores(self, split: str, scores: Mapping[str, float]) -> None:
+        """Logs and prints the scores on one dataset."""
+        self.run.log(step=self.state.step, split=split, **scores)
+        if self.run.is_main:
+            text = format_scores({"step": self.state.step, **scores})
+            self.bar.write(text + ("" if split == "dev" else f" ({split})"))
 
     def print_summary(self, graphs: str = "") -> None:
         """Prints the last and the best evaluation, the training time, and where the results are; only on rank 0.
@@ -81,7 +88,9 @@ class Progress:
         """
         if not self.run.is_main:
             return  # rank 0 may still be writing the files
-        print(f"\nlast on dev: {format_scores(self.state.last)}\nbest on dev: {format_scores(self.state.best)}")
+        print(f"\nlast on dev: {format_scores(self.state.last)}")
+        if self.state.best:
+            print(f"best on dev: {format_scores(self.state.best)}")
         files = f"checkpoints and metrics.jsonl are in {self.run.folder} ({self.run.size() / 1e6:,.1f} MB)"
         if self.examples:
             rate = f"{self.examples / self.seconds:.0f} examples/s{graphs and f' with {graphs}'}"
@@ -160,5 +169,8 @@ def print_banner(run: RunDir, components: TrainComponents, origin: str, note: st
     )
     if (config.label_mean, config.label_std) != (0, 1):
         print(f"labels: mean {config.label_mean:.6g}, standard deviation {config.label_std:.6g}; standardized for training")
+    if settings.get("teacher"):
+        weight = f", weight {settings['teacher_weight']:g}" if "teacher_weight" in settings else ""
+        print(f"teacher: {settings['teacher']}{weight}")
     if run.resume_note:
         print(run.resume_note)

@@ -3,9 +3,10 @@
 run.json          the command, its arguments, and the settings that follow from them and the data
 layout_plan.json  where each layer came from
 metrics.jsonl     one line per `log_every` steps, one per evaluation
-best/             the checkpoint of the best evaluation, with its error analysis (evaluation.json)
+best/             the checkpoint of the best evaluation, with its error analysis (evaluation.json); not in pretraining
 last/             the newest checkpoint, with the state that resuming needs; last-1/, last-2/, ... are older ones.
-                  A finished run keeps only last/, by default without the optimizer's state.
+                  A finished run keeps only last/, by default without the optimizer's state. Pretraining adds what the
+                  objective has besides the model: generator/, or projections.safetensors.
 """
 
 import contextlib
@@ -38,10 +39,11 @@ from funnel.io import (
     write_json,
 )
 from funnel.model.checkpoint import CONFIG, TOKENIZER, Checkpoint, load_checkpoint, load_weights, save_checkpoint
-from funnel.model.heads import FunnelForSequenceClassification
+from funnel.model.heads import MODELS
 from funnel.options import RANDOM, option_types
 from funnel.training.distributed import Distributed
 from funnel.training.error_analysis import EVALUATION_FILE, analyze_errors
+from funnel.training.optim import MAX_WARMUP_STEPS
 from funnel.training.state import STATE_VERSION, TrainComponents, TrainState
 
 VERSION = 3  # of run.json
@@ -50,16 +52,22 @@ STATE = "training_state.pt"
 PER_PROCESS = frozenset(("out", "resume", "debug", "fsdp"))
 # Arguments that may change on resume: they do not affect the result, or settings derived from the data cover their effect.
 MAY_CHANGE = PER_PROCESS | frozenset(
-    "epochs device gradient_checkpointing no_cuda_graphs log_every save_every keep_checkpoints keep_optimizer "
-    "data dev dev_share text_column text_pair_column label_column problem".split()
+    "epochs steps device gradient_checkpointing no_cuda_graphs log_every save_every keep_checkpoints keep_optimizer "
+    "data corpus teacher dev dev_share text_column text_pair_column label_column problem".split()
 )
-NOT_SETTINGS = MAY_CHANGE - {"epochs", "data", "dev_share"}  # arguments that the settings in run.json omit
+# Arguments that the settings in run.json omit.
+NOT_SETTINGS = MAY_CHANGE - {"epochs", "steps", "data", "corpus", "teacher", "dev_share"}
 
 
 class LastCheckpoint(NamedTuple):
-    """A checkpoint to resume from."""
+    """A checkpoint to resume from.
 
-    model: FunnelForSequenceClassification
+    Attributes:
+        model: of the class that the run trains.
+    """
+
+    folder: Path
+    model: Any
     tokenizer: FunnelTokenizer
     state: TrainState
 
@@ -92,25 +100,26 @@ class RunDir:
         """Checks that the folder can hold a new run, or reads the newest checkpoint of the run to resume. Writes nothing.
 
         Args:
-            args: the arguments of train.py; `out`, `resume`, `keep_checkpoints` and `keep_optimizer` are used.
+            args: the arguments of train.py or pretrain.py; `out`, `resume`, `keep_checkpoints` and `keep_optimizer` are used.
 
         Raises:
-            FunnelError: the folder cannot be written or is not empty, all checkpoints are damaged, or the checkpoint to resume
-                from has no classifier.
+            FunnelError: the folder cannot be written or is not empty, or all checkpoints are damaged.
         """
         run = cls(args.out or Path("runs"), args.keep_checkpoints, args.keep_optimizer, dist)
 
-        def open_on_main() -> tuple[Checkpoint, FunnelTokenizer, TrainState] | None:
+        def open_on_main() -> tuple[Checkpoint, FunnelTokenizer, TrainState, Path] | None:
             check_writable(run.folder, is_new=args.out is not None and not args.resume)
             return run.load_last() if args.resume else None
 
         loaded = dist.run_on_main_and_broadcast(open_on_main)
         if loaded is not None:
-            (config, weights, _), tokenizer, state = loaded
-            model = FunnelForSequenceClassification(config).eval()
-            if new := load_weights(model, weights, str(run.folder)):
-                raise FunnelError(f"resume: the checkpoint in {run.folder} has no classifier ({new[0]})", "resume")
-            run.checkpoint = LastCheckpoint(model, tokenizer, state)
+            (config, weights, architecture), tokenizer, state, folder = loaded
+            if architecture not in MODELS:
+                raise FunnelError(f"resume: {folder} has the unknown architecture {architecture!r}", "resume")
+            model = MODELS[architecture](config).eval()
+            if new := load_weights(model, weights, str(folder)):
+                raise FunnelError(f"resume: the checkpoint in {folder} lacks weights ({new[0]})", "resume")
+            run.checkpoint = LastCheckpoint(folder, model, tokenizer, state)
             run._saved = (state.step, state.evaluated_step)
         return run
 
@@ -118,7 +127,7 @@ class RunDir:
         """Creates the folder of a new run, or checks and updates that of the run to resume; returns the state to start from.
 
         Args:
-            args: the arguments of train.py, with the task's defaults filled in.
+            args: the arguments of train.py or pretrain.py, with all defaults filled in.
             derived: settings that follow from the arguments and the data. Those of a resumed run must not have changed,
                 except for the number of steps.
             command: recorded in run.json; `funnel sweep` compares it.
@@ -126,42 +135,46 @@ class RunDir:
         Raises:
             FunnelError: the data has changed, or the run has already completed more steps.
         """
-        values = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(args).items()}
-        self.settings = {**{name: v for name, v in values.items() if name not in NOT_SETTINGS}, **derived}
+        values = {name: v for name, v in dataclasses.asdict(args).items() if name not in NOT_SETTINGS}
+        self.settings = {**{name: _to_json(v) for name, v in values.items()}, **derived}
         state = self.checkpoint.state if self.checkpoint else TrainState()
         old_steps = state.total_steps
+        warmup = min(0.1, MAX_WARMUP_STEPS / derived["steps"]) if args.warmup is None else args.warmup
+        duration = "epochs" if hasattr(args, "epochs") else "steps"  # the argument that determines the number of steps
 
         def start_on_main() -> Path:
             if args.resume:
                 record = read_record(self.folder)
                 self._check_settings(record["settings"], derived)
-                state.plan_steps(derived["steps"], args.warmup)  # here too, so that only rank 0 reports an error
+                state.plan_steps(derived["steps"], warmup, duration)  # here too, so that only rank 0 reports an error
                 if record["settings"]["steps"] != derived["steps"]:
-                    record["settings"].update(epochs=args.epochs, steps=derived["steps"])
-                    record["arguments"]["epochs"] = args.epochs
+                    record["settings"].update({duration: getattr(args, duration), "steps": derived["steps"]})
+                    record["arguments"][duration] = getattr(args, duration)
                     write_json(self.folder / "run.json", record)
                 self.truncate_log(state)
                 return self.folder
             if args.out is not None:
                 check_writable(args.out, is_new=True)  # check again: another run may have used it meanwhile
-            name = f"{derived['task']}-{derived['blocks']}-seed{args.seed}"
+            name = f"{derived.get('task') or args.objective}-{derived['blocks']}-seed{args.seed}"
             folder = args.out or create_unused_folder(self.folder / name)
             arguments = absolute_paths(args)
-            arguments |= {name: derived[name] for name in ("task", "blocks", "dtype") if derived[name] != CUSTOM}
+            arguments |= {name: v for name, v in derived.items() if name in ("task", "blocks", "dtype") and v != CUSTOM}
             record = {"version": VERSION, "command": command, "settings": self.settings, "arguments": arguments}
             write_json(folder / "run.json", record)
             return folder
 
         self.folder = self.dist.run_on_main_and_broadcast(start_on_main)
         has_optimizer = bool(state.optimizer)
-        state.plan_steps(derived["steps"], args.warmup)
+        state.plan_steps(derived["steps"], warmup, duration)
         if args.resume:
-            self.resume_note = describe_resumption(state, old_steps, has_optimizer)
+            self.resume_note = describe_resumption(state, old_steps, has_optimizer, duration)
         return state
 
     def _check_settings(self, old: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
         """Raises FunnelError if the run was started with other derived settings."""
         changed = [name for name, value in derived.items() if name != "steps" and old.get(name) != value]
+        if changed == ["teacher_digest"]:
+            raise FunnelError("teacher: its weights have changed since the run was started; start a new run", "teacher")
         if changed and set(changed) <= {"digests", "train_examples", "dev_examples", "mean_tokens"}:
             raise FunnelError(
                 f"the data has changed since the run was started; start a new one, optionally with weights {self.folder}",
@@ -177,7 +190,7 @@ class RunDir:
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def load_last(self) -> tuple[Checkpoint, FunnelTokenizer, TrainState] | None:
+    def load_last(self) -> tuple[Checkpoint, FunnelTokenizer, TrainState, Path] | None:
         """The newest intact checkpoint; None before the first one. Warns about damaged ones.
 
         Raises:
@@ -188,7 +201,7 @@ class RunDir:
             try:
                 checkpoint = load_checkpoint(folder)  # verifies the weights' checksum
                 verify_checksums(folder, [CONFIG, TOKENIZER, STATE])
-                return checkpoint, FunnelTokenizer.load(folder), _read_state(folder / STATE)
+                return checkpoint, FunnelTokenizer.load(folder), _read_state(folder / STATE), folder
             except FunnelError as error:
                 if number == len(folders):
                     newer = f" ({plural(number - 1, 'newer checkpoint')} damaged, too)" if number > 1 else ""
@@ -205,14 +218,19 @@ class RunDir:
             return  # there is no optimizer state to save yet
         if self._saved != (state.step, state.evaluated_step):
             dist, optimizer = components.dist, {}
-            weights = dist.model_state(components.model)
+            all_weights = dist.model_state(components.module)
+            weights = all_weights  # of the model, or of an objective, of which the model is a part
+            if components.save_more is not None:
+                weights = {n.removeprefix("model."): tensor for n, tensor in all_weights.items() if n.startswith("model.")}
             if self.keep_optimizer or not state.is_finished:
-                optimizer = dist.optimizer_state(components.model, components.optimizer)
+                optimizer = dist.optimizer_state(components.module, components.optimizer)
             values = state.to_dict(optimizer, components.scaler.state_dict() if optimizer else {})
 
             def write_state(folder: Path) -> None:
                 with (folder / STATE).open("wb") as file:
                     torch.save(values, file)
+                if components.save_more is not None:
+                    components.save_more(folder, all_weights)
 
             if self.is_main:
                 self._save("last", components, weights, write_state)
@@ -322,14 +340,19 @@ def read_arguments(folder: Path, options: type) -> dict[str, Any]:
         FunnelError: as `read_record`, or an argument has the wrong type.
     """
     arguments: dict[str, Any] = {}
-    stored = read_record(folder)["arguments"]
-    for name, kind in option_types(options).items():
+    stored, kinds = read_record(folder)["arguments"], option_types(options)
+    if "objective" in stored.keys() ^ kinds.keys():
+        script = "pretrain.py" if "objective" in stored else "train.py"
+        raise FunnelError(f"resume: the run in {folder} was started by {script}; resume it with that script", "resume")
+    for name, kind in kinds.items():
         value = stored.get(name)
         if value is None or name in PER_PROCESS:
             continue
-        expected: Any = {Path: str, float: int | float}.get(kind, kind)
+        expected: Any = {Path: str, float: int | float, tuple[Path, ...]: list}.get(kind, kind)
         if not isinstance(value, expected):
             raise FunnelError(f"resume: {folder / 'run.json'}: invalid {name} {value!r}; start a new run", "resume")
+        if kind == tuple[Path, ...]:
+            value = tuple(Path(str(item)) for item in value)
         arguments[name] = Path(value) if kind is Path else value
     return arguments
 
@@ -338,23 +361,33 @@ def absolute_paths(args: Any) -> dict[str, Any]:
     """Arguments for run.json, valid in any working directory."""
     values = {name: value for name, value in dataclasses.asdict(args).items() if name not in PER_PROCESS}
     for name, value in values.items():
-        is_folder = name == "weights" and value != RANDOM and os.path.isdir(value)  # otherwise a hub id
-        if isinstance(value, Path) or is_folder:
+        is_folder = name in ("weights", "teacher") and isinstance(value, str) and value != RANDOM and os.path.isdir(value)
+        if isinstance(value, Path) or is_folder:  # a name that is not a folder is a hub id
             values[name] = os.path.abspath(value)
+        elif isinstance(value, tuple):
+            values[name] = [os.path.abspath(path) for path in value]
     return values
 
 
-def describe_resumption(state: TrainState, old_steps: int, has_optimizer: bool) -> str:
+def _to_json(value: Any) -> Any:
+    """Paths as strings."""
+    if isinstance(value, tuple):
+        return [_to_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def describe_resumption(state: TrainState, old_steps: int, has_optimizer: bool, duration: str) -> str:
     """One line about where a run continues, and with what schedule.
 
     Args:
         old_steps: number of steps of the checkpoint's schedule.
         has_optimizer: whether the checkpoint has the optimizer's state.
+        duration: the argument that makes the run longer.
     """
     if state.step == 0:
         return "no checkpoint to resume from: starting at step 0"
     if state.is_finished:
-        return f"nothing left to do: the run has finished ({plural(state.step, 'step')}); to train longer, add epochs"
+        return f"nothing left to do: the run has finished ({plural(state.step, 'step')}); to train longer, increase {duration}"
     note = f"resumed at step {state.step:,}"
     if state.total_steps == old_steps:
         return note

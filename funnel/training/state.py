@@ -1,14 +1,16 @@
 """The state of a training run."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from funnel.data.batches import Batch
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError, plural
 from funnel.model.heads import FunnelPreTrainedModel
@@ -26,9 +28,13 @@ class TrainComponents:
 
     Attributes:
         model: the model itself, for evaluation and checkpoints.
-        wrapped: the model to call in training steps, wrapped by DDP or FSDP2 if they are used.
+        wrapped: the module to call in training steps, wrapped by DDP or FSDP2 if they are used: the model, or in pretraining
+            the objective, which contains it.
         scaler: disabled unless `dtype` is "fp16".
         dtype: dtype of matrix products, a key of `DTYPES`.
+        loss: computes the loss of a micro-batch with a module: a scalar, or [k] with the loss first and other values to log.
+        save_more: writes further files into the folder of a checkpoint to resume from; called with the folder and the state
+            dict of `module`.
     """
 
     dist: Distributed
@@ -38,6 +44,13 @@ class TrainComponents:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: str
+    loss: Callable[[nn.Module, Batch], Tensor]
+    save_more: Callable[[Path, dict[str, Tensor]], None] | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained, without DDP: the model, or the objective."""
+        return self.wrapped.module if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) else self.wrapped
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a training step's forward pass.
@@ -58,7 +71,8 @@ class TrainState:
         schedule_start, warmup: first step and warmup fraction of the learning-rate schedule, which ends with the last step.
         evaluated_step: step of the last evaluation.
         best, last: evaluations on dev: step, loss and metrics by name.
-        mean_loss: running mean of the training loss, on the device; for a regression, of standardized labels.
+        mean_loss: running mean of the training loss, on the device; for a regression, of standardized labels. In pretraining,
+            [k]: of the loss and the other values that the objective returns.
         optimizer, scaler: state dicts, filled when the state is saved or loaded.
     """
 
@@ -78,10 +92,13 @@ class TrainState:
         """Whether all steps and the last evaluation are done."""
         return self.step == self.total_steps == self.evaluated_step > 0
 
-    def plan_steps(self, total_steps: int, warmup: float) -> None:
+    def plan_steps(self, total_steps: int, warmup: float, parameter: str = "epochs") -> None:
         """Starts a new learning-rate schedule at the current step, unless the state already has one for `total_steps`.
 
         With a saved optimizer state, the new schedule has no warmup.
+
+        Args:
+            parameter: the one that determines `total_steps`, for the error message.
 
         Raises:
             FunnelError: the run has already completed that many steps.
@@ -90,8 +107,9 @@ class TrainState:
             return
         if total_steps <= self.step:
             raise FunnelError(
-                f"epochs: {plural(total_steps, 'step')} planned, but the run has already completed {self.step:,}; increase it",
-                "epochs",
+                f"{parameter}: {plural(total_steps, 'step')} planned, but the run has already completed {self.step:,}; "
+                "increase it",
+                parameter,
             )
         self.total_steps, self.schedule_start = total_steps, self.step
         self.warmup = 0.0 if self.optimizer else warmup
@@ -109,10 +127,15 @@ class TrainState:
         mean = torch.where(self.mean_loss.isfinite(), self.mean_loss.lerp(loss, LOSS_SMOOTHING), loss)
         self.mean_loss = torch.where(loss.isfinite(), mean, self.mean_loss)  # fp16 skips steps that are not finite
 
-    def record_evaluation(self, scores: Mapping[str, float], metric: str) -> bool:
-        """Records an evaluation on dev; returns whether it is the best so far by `metric`; a lower loss breaks ties."""
+    def record_evaluation(self, scores: Mapping[str, float], metric: str | None = None) -> bool:
+        """Records an evaluation on dev; returns whether it is the best so far by `metric`; a lower loss breaks ties.
+
+        Without a metric, as in pretraining, no evaluation is the best one.
+        """
         self.evaluated_step = self.step
         self.last = {"step": self.step, **scores}
+        if metric is None:
+            return False
         if self.best and selection_key(scores, metric) <= selection_key(self.best, metric):
             return False
         self.best = self.last
@@ -123,7 +146,7 @@ class TrainState:
         if self.mean_loss is not None:
             self.mean_loss = self.mean_loss.to(components.dist.device)
         if self.optimizer:
-            components.dist.load_optimizer_state(components.model, components.optimizer, self.optimizer)
+            components.dist.load_optimizer_state(components.module, components.optimizer, self.optimizer)
             components.scaler.load_state_dict(self.scaler)
         self.optimizer, self.scaler = {}, {}
 

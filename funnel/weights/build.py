@@ -87,6 +87,10 @@ class BuiltModel(NamedTuple):
     has_new_head: bool = False
     note: str = ""
 
+    def write_plan(self, folder: Path) -> None:
+        """Writes the plan into a run folder."""
+        surgery.write_plan(folder / "layout_plan.json", self.plan)
+
     def calibrate(self, dataset: Dataset, num_texts: int = 64) -> None:
         """Calibrates the LayerNorms of identity layers on the first texts of a dataset."""
         batch = dataset.batch(np.arange(min(num_texts, len(dataset))))

@@ -50,7 +50,7 @@ WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")  # prefixes of all names in a
 @dataclass(frozen=True)
 class Source:
     """A checkpoint converted from any format; its weights are the complete state dict of `architecture`,
-    and for a bare BERT or ALBERT also the pooler.
+    and for a BERT or ALBERT also the pooler, if the files have it.
 
     Attributes:
         format: name of the format, for messages.

@@ -298,6 +298,21 @@ def _calibrate_norm(norm: nn.Module, inputs: tuple[Tensor]) -> None:
     norm.get_parameter("bias").fill_(float(cls_state.mean()))
 
 
+@torch.no_grad()
+def make_decoder_identity(model: FunnelPreTrainedModel) -> None:
+    """Makes every layer of the decoder return the LayerNorm, without weights, of its input.
+
+    A new decoder then returns the normalized sum of the upsampled last block and block 0.
+    """
+    for layer in model.decoder.layers:
+        for name in OUTPUT_PROJECTIONS:
+            nn.init.zeros_(layer.get_submodule(name).get_parameter("weight"))
+            nn.init.zeros_(layer.get_submodule(name).get_parameter("bias"))
+        for name in NORMS:
+            nn.init.ones_(layer.get_submodule(name).get_parameter("weight"))
+            nn.init.zeros_(layer.get_submodule(name).get_parameter("bias"))
+
+
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ import torch
 
 from funnel.data import dataset as dataset_module
 from funnel.data import demo
-from funnel.data.dataset import Batch, Dataset, InMemoryExamples, Rows, Shard, Truncation, encode_examples
+from funnel.data.batches import Batch, Shard
+from funnel.data.dataset import Dataset, InMemoryExamples, Rows, Truncation, encode_examples
 from funnel.data.files import ExampleFile
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from funnel.data import device_batches
-from funnel.data.dataset import Dataset, Rows, Shard, Truncation
+from funnel.data.batches import Shard
+from funnel.data.dataset import Dataset, Rows, Truncation
 from funnel.data.device_batches import DeviceDataset, TrainingBatches, padded_length, prefetch
 from funnel.data.tokenizer import FunnelTokenizer
 
@@ -108,18 +109,12 @@ def test_the_size_on_the_device_is_counted():
 # --- padded lengths ---------------------------------------------------------------------------------------------------
 
 
-def long_dataset(longest):
-    dataset = random_dataset(0)
-    return Dataset(dataset.token_ids, dataset.rows._replace(lengths=np.array([longest])), 7, Truncation())
-
-
 def test_lengths_on_a_cpu_are_not_rounded():
-    assert [padded_length(long_dataset(512), length, CPU) for length in (1, 13, 100, 512)] == [1, 13, 100, 512]
+    assert [padded_length(512, length, CPU) for length in (1, 13, 100, 512)] == [1, 13, 100, 512]
 
 
 def test_lengths_on_a_gpu_are_rounded_up_to_few_values():
-    dataset = long_dataset(512)
-    padded = [padded_length(dataset, length, CUDA) for length in range(1, 513)]
+    padded = [padded_length(512, length, CUDA) for length in range(1, 513)]
     assert all(length <= width for length, width in enumerate(padded, 1))
     assert all(width - length < max(8, length / 4) for length, width in enumerate(padded, 1))
     assert padded == sorted(padded)
@@ -129,8 +124,7 @@ def test_lengths_on_a_gpu_are_rounded_up_to_few_values():
 
 @pytest.mark.parametrize("longest", [1, 7, 66, 500])
 def test_no_batch_is_padded_beyond_the_longest_text(longest):
-    dataset = long_dataset(longest)
-    assert max(padded_length(dataset, length, CUDA) for length in range(1, longest + 1)) == longest
+    assert max(padded_length(longest, length, CUDA) for length in range(1, longest + 1)) == longest
 
 
 # --- background thread ------------------------------------------------------------------------------------------------

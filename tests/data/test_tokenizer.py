@@ -2,11 +2,18 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import shared  # noqa: F401 (the minilm fixture uses it)
+from conftest import ROOT, shared  # noqa: F401 (the minilm fixture uses shared)
 from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.trainers import WordPieceTrainer
 
 from funnel.data.tokenizer import Encoding, FunnelTokenizer
 from funnel.errors import FunnelError
@@ -162,6 +169,91 @@ def test_trained_vocabulary_is_reproducible_and_spells_rare_words():
     ids = first.encode(["the rare soup"])[0].input_ids
     assert first.ids["unk"] not in ids
     assert len(ids) == 2 + 2 + len("rare")
+
+
+# --- WordPiece vocabularies -------------------------------------------------------------------------------------------
+
+
+def pseudo_words(n, seed=0):
+    """Texts of words made of syllables, some more frequent than others."""
+    random = np.random.default_rng(seed)
+    syllables = np.array([a + b for a in "bdfgklmnprst" for b in "aeiou"])
+    words = ["".join(random.choice(syllables, random.integers(1, 5))) for _ in range(500)]
+    return [" ".join(random.choice(words, 50, p=1 / np.arange(1, 501) / (1 / np.arange(1, 501)).sum())) for _ in range(n)]
+
+
+def tokens_of(tokenizer):
+    vocabulary = tokenizer.tokenizer.get_vocab()
+    return sorted(vocabulary, key=vocabulary.__getitem__)
+
+
+def test_word_pieces_are_merged_by_frequency():
+    tokenizer = FunnelTokenizer.train_wordpiece(["Ab abc"] * 5 + ["cb\n\ncb ab"] * 3, 100)
+    special = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]
+    # a ##b: 13 times, cb: 6, ab ##c: 5
+    assert tokens_of(tokenizer) == [*special, "##b", "##c", "a", "c", "ab", "cb", "abc"]
+
+
+def test_word_pieces_are_nearly_those_of_the_librarys_trainer():
+    """It breaks ties in another order."""
+    texts = pseudo_words(200)
+    library = Tokenizer(WordPiece(unk_token="<unk>"))
+    library.normalizer, library.pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
+    special = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]
+    library.train_from_iterator(texts, WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    common = set(tokens_of(FunnelTokenizer.train_wordpiece(texts, 400))) & set(library.get_vocab())
+    assert len(common) > 380
+
+
+@pytest.mark.parametrize("vocab_size", [100, 250])
+def test_trained_word_pieces_fill_the_vocabulary_and_encode_the_texts(vocab_size, tmp_path):
+    texts = pseudo_words(50)
+    tokenizer = FunnelTokenizer.train_wordpiece(texts, vocab_size)
+    assert tokenizer.vocab_size == len(tokens_of(tokenizer)) == vocab_size
+    assert [tokenizer.decode(encoding.input_ids) for encoding in tokenizer.encode(texts)] == texts
+    assert tokenizer.ids == {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+    tokenizer.save(tmp_path)
+    assert FunnelTokenizer.load(tmp_path).encode(texts) == tokenizer.encode(texts)
+
+
+def test_trained_word_pieces_are_the_same_in_every_run():
+    texts = pseudo_words(50)
+    first, second = (FunnelTokenizer.train_wordpiece(texts, 250).tokenizer.to_str() for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.slow
+def test_trained_word_pieces_are_the_same_in_every_process(tmp_path):
+    (tmp_path / "texts.json").write_text(json.dumps(pseudo_words(50)))
+    program = """if True:
+        import json, sys
+        from funnel.data.tokenizer import FunnelTokenizer
+        FunnelTokenizer.train_wordpiece(json.load(open("texts.json")), 250).save(sys.argv[1])
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    commands = []
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        command = [sys.executable, "-c", program, seed]
+        commands.append(subprocess.Popen(command, cwd=tmp_path, env={**environment, "PYTHONHASHSEED": seed}))
+    assert [command.wait(120) for command in commands] == [0, 0]
+    first, second = ((tmp_path / seed / "tokenizer.json").read_bytes() for seed in ("1", "2"))
+    assert first == second
+
+
+def test_rare_characters_are_unknown():
+    texts = ["東 filmé " + "film " * 2600] * 2
+    tokenizer = FunnelTokenizer.train_wordpiece(texts, 100)
+    assert "e" in tokens_of(FunnelTokenizer.train_wordpiece(["a e film"], 100))
+    assert tokenizer.encode(["東 film"])[0].input_ids[1] == tokenizer.ids["unk"]
+    assert tokenizer.ids["unk"] not in tokenizer.encode(["film"])[0].input_ids
+
+
+def test_vocabulary_of_nothing_is_an_error():
+    with pytest.raises(FunnelError, match="invalid vocab_size 99: expected at least 100"):
+        FunnelTokenizer.train_wordpiece(["a"], 99)
+    with pytest.raises(FunnelError, match="the texts contain no words"):
+        FunnelTokenizer.train_wordpiece(["", " \n"], 100)
 
 
 def test_vocabulary_larger_than_the_model_is_rejected(vocabulary):

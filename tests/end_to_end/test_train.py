@@ -17,7 +17,7 @@ from funnel.data import demo
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.checkpoint import Checkpoint, check_finite, load_checkpoint, save_checkpoint
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.training import evaluate
+from funnel.training import evaluate, loss
 
 QUICK = ("--epochs", "0.03", "--eval-every", "5", "--blocks", "1,1", "--batch-size", "32")
 MACHINE_DEPENDENT = ("examples_per_second", "memory_mib")
@@ -238,7 +238,7 @@ def nan_at_steps(steps, loss_function):
 
 
 def test_a_nonfinite_loss_ends_the_run_and_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "loss_function", nan_at_steps({9}, train.loss_function))
+    monkeypatch.setattr(loss, "loss_function", nan_at_steps({9}, loss.loss_function))
     assert train.main([*QUICK, "--eval-every", "4", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
@@ -259,7 +259,7 @@ def test_divergence_is_detected_within_log_every_steps(tmp_path, monkeypatch, ca
         return original(*args, **options)
 
     monkeypatch.setattr(train, "train_step", count)
-    monkeypatch.setattr(train, "loss_function", nan_at_steps({3}, train.loss_function))
+    monkeypatch.setattr(loss, "loss_function", nan_at_steps({3}, loss.loss_function))
     assert train.main([*QUICK, "--eval-every", "100", "--log-every", "6", "--out", str(tmp_path / "run")]) == 2
     assert "diverged at step 3" in capsys.readouterr().err
     assert steps == 6
@@ -404,7 +404,7 @@ def test_scores_of_any_scale_are_learned(tmp_path, capsys):
         (["--weights", "empty"], ["empty", "config.json"]),
         (["--out", "taken"], ["taken", "resume"]),
         (["--resume", "--out", "empty"], ["--resume", "no run in"]),
-        (["--resume"], ["--resume", "--out"]),
+        (["--resume"], ["--out", "resume"]),
     ],
 )
 def test_errors_print_one_line_exit_with_status_2_and_write_nothing(arguments, words, tmp_path, capsys, monkeypatch):

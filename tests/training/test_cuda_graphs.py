@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import padded_batch
 
-from funnel.data.dataset import Batch
+from funnel.data.batches import text_batch
 from funnel.errors import FunnelError
 from funnel.training import cuda_graphs
 from funnel.training.cuda_graphs import StepRunner, step_runner
@@ -49,7 +49,7 @@ class Step:
 
 
 def make_batch(seed, lengths=(5, 7)):
-    return Batch(*padded_batch(list(lengths), seed=seed), torch.tensor([seed + row for row in range(len(lengths))]))
+    return text_batch(*padded_batch(list(lengths), seed=seed), torch.tensor([seed + row for row in range(len(lengths))]))
 
 
 def run(batches):

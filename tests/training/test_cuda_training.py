@@ -6,6 +6,7 @@ import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,10 @@ from funnel.training.device import seed_step
 from funnel.training.distributed import Distributed
 from funnel.training.divergence import NonFiniteGuard
 from funnel.training.evaluate import predict_logits
+from funnel.training.loss import TaskLoss
 from funnel.training.optim import LinearWarmupDecay, build_adamw, param_groups
 from funnel.training.state import TrainComponents, TrainState
+from funnel.training.teacher import DistillationLoss, Teacher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = torch.device("cuda")
@@ -50,15 +53,20 @@ class Run:
 
     def __init__(self, dtype="fp32", dropout=0.0, texts=403, **changes):
         defaults = {"no_cuda_graphs": False, "gradient_checkpointing": False, "grad_accum": 1, "seed": 0}
-        args = SimpleNamespace(**{**defaults, **changes})
+        args = SimpleNamespace(**{**defaults, "layer_decay": 1.0, "has_teacher": False, **changes})
         dist = Distributed(DEVICE)
         torch.manual_seed(0)
         config = tiny_config(hidden_dropout=dropout, attention_dropout=dropout, blocks="2x2,1,2")
         model = FunnelForSequenceClassification(config).to(DEVICE).train()
         model.set_gradient_checkpointing(args.gradient_checkpointing)
-        optimizer = build_adamw(param_groups(model, 0.01), 1e-3, dist.graph_device)
+        optimizer = build_adamw(param_groups(model, 0.01, args.layer_decay), 1e-3, dist.graph_device)
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=dtype == "fp16")
-        self.components = TrainComponents(dist, model, model, FunnelTokenizer.train(["a"]), optimizer, scaler, dtype)
+        loss: Any = TaskLoss()
+        if args.has_teacher:
+            teacher = FunnelForSequenceClassification(tiny_config(blocks="2"))
+            loss = DistillationLoss(TaskLoss(), Teacher(teacher, torch.arange(99).flip(0)).to(DEVICE), 0.5)
+        tokenizer = FunnelTokenizer.train(["a"])
+        self.components = TrainComponents(dist, model, model, tokenizer, optimizer, scaler, dtype, loss)
         self.schedule = LinearWarmupDecay(optimizer, 1e-3, range(400), 0.1)
         self.data = partial(TrainingBatches(make_dataset(texts), DEVICE), BATCH_SIZE, args.seed)
         self.guard = NonFiniteGuard(self.components, self.data, self.schedule, args)
@@ -87,7 +95,15 @@ class Run:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"dropout": 0.1}, {"dropout": 0.1, "dtype": "bf16"}, {"grad_accum": 3, "dropout": 0.1}]
+    "changes",
+    [
+        {},
+        {"dropout": 0.1},
+        {"dropout": 0.1, "dtype": "bf16"},
+        {"grad_accum": 3, "dropout": 0.1},
+        {"layer_decay": 0.8, "dropout": 0.1},
+        {"has_teacher": True, "dropout": 0.1},
+    ],
 )
 def test_graphs_compute_the_same_losses_as_eager_steps(changes):
     graphed = Run(**changes).take_steps(120)

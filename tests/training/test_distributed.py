@@ -151,6 +151,43 @@ def test_any_number_of_processes_trains_the_same_model(flags, folder, single):
     assert_same_run(folder / out, single)
 
 
+DISTILLED = ("--teacher", "teacher", "--layer-lr-decay", "0.7")
+
+
+@pytest.fixture(scope="module")
+def distilled(folder):
+    """A run in one process with a teacher and a group of parameters per layer."""
+    torch.manual_seed(1)
+    tokenizer = FunnelTokenizer.load(folder / "weights")
+    config = tiny_config(vocab_size=tokenizer.vocab_size, id2label={0: "yes", 1: "no"})
+    FunnelForSequenceClassification(config).save_pretrained(folder / "teacher")
+    tokenizer.save(folder / "teacher")
+    code, _, error = finish(launch(folder, 1, *COMMON, *DISTILLED, "--out", "distilled"))
+    assert code == 0, error
+    return folder / "distilled"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--fsdp", "--grad-accum", "2")], ids=" ".join)
+def test_several_processes_share_a_teacher(flags, folder, distilled):
+    out = "teacher2" + "".join(flags)
+    code, _, error = finish(launch(folder, 2, *COMMON, *DISTILLED, *flags, "--out", out))
+    assert code == 0, error
+    assert_same_run(folder / out, distilled)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_teacher_and_layer_decay_resumes_with_another_number_of_processes(folder, distilled):
+    running = launch(folder, 2, *COMMON, *DISTILLED, "--fsdp", "--out", "resumed")
+    wait_for_checkpoint(running, folder / "resumed")
+    running.send_signal(signal.SIGTERM)
+    finish(running)
+    code, output, error = finish(launch(folder, 1, "--out", "resumed", "--resume"))
+    assert code == 0, error
+    assert "resumed at step" in output
+    assert_same_run(folder / "resumed", distilled)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [((2,), (1,)), ((2, "--fsdp"), (3,)), ((1,), (2, "--fsdp"))])
 def test_a_run_resumes_with_another_number_of_processes(first, second, folder, single):

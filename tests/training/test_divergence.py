@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import padded_batch, tiny_config
 
-from funnel.data.dataset import Batch
+from funnel.data.batches import text_batch
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.model.compilation import compile_regions
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.distributed import Distributed
 from funnel.training.divergence import NonFiniteGuard, find_nonfinite_gradient, forward_and_find_nonfinite
-from funnel.training.evaluate import Evaluation, loss_function
+from funnel.training.evaluate import Evaluation
+from funnel.training.loss import TaskLoss, loss_function
 from funnel.training.optim import LinearWarmupDecay, clip_grad_norm
 from funnel.training.state import TrainComponents
 
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def make_batch():
-    return Batch(*padded_batch([5, 7]), torch.tensor([0, 1]))
+    return text_batch(*padded_batch([5, 7]), torch.tensor([0, 1]))
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def components():
     model = FunnelForSequenceClassification(tiny_config()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainComponents(Distributed(CPU), model, model, FunnelTokenizer.train(["a"]), optimizer, scaler, "fp32")
+    return TrainComponents(Distributed(CPU), model, model, FunnelTokenizer.train(["a"]), optimizer, scaler, "fp32", TaskLoss())
 
 
 def batches(start):
@@ -95,7 +96,7 @@ def test_a_cause_that_does_not_recur_is_reported_as_such(components):
 
 def test_the_first_layer_with_a_nonfinite_output_is_named(components):
     components.model.encoder.blocks[1][0].ffn.linear_1.weight.data[0, 0] = math.inf
-    _, cause = forward_and_find_nonfinite(components.model, make_batch())
+    _, cause = forward_and_find_nonfinite(components.model, TaskLoss(), make_batch())
     assert "encoder.blocks.1.0.ffn.linear_1" in cause
 
 
@@ -104,12 +105,12 @@ def test_the_layer_is_named_also_if_the_model_is_compiled(components, compile_wi
     compile_regions(components.model.train())
     components.model(**make_batch().inputs)
     components.model.encoder.blocks[1][0].ffn.linear_1.weight.data[0, 0] = math.inf
-    _, cause = forward_and_find_nonfinite(components.model, make_batch())
+    _, cause = forward_and_find_nonfinite(components.model, TaskLoss(), make_batch())
     assert "encoder.blocks.1.0.ffn.linear_1" in cause
 
 
 def test_a_finite_forward_pass_has_no_cause(components):
-    loss, cause = forward_and_find_nonfinite(components.model, make_batch())
+    loss, cause = forward_and_find_nonfinite(components.model, TaskLoss(), make_batch())
     assert loss.isfinite()
     assert cause is None
 
@@ -118,7 +119,7 @@ def test_the_first_nonfinite_gradient_of_the_backward_pass_is_named(components):
     parameters = list(components.model.named_parameters())
     for number in (3, 7):
         parameters[number][1].register_hook(lambda gradient: gradient * math.nan)
-    loss, _ = forward_and_find_nonfinite(components.model, make_batch())
+    loss, _ = forward_and_find_nonfinite(components.model, TaskLoss(), make_batch())
     loss.backward()
     cause = find_nonfinite_gradient(components.model)
     assert parameters[7][0] in cause
@@ -177,7 +178,7 @@ def test_an_evaluation_with_nonfinite_logits_ends_the_run(components, dtype, adv
 
 def test_the_diagnosis_uses_the_units_of_training():
     config = tiny_config(id2label={0: "score"}, problem_type="regression", label_mean=2e30, label_std=1e30)
-    batch = Batch(*padded_batch([5, 7]), torch.tensor([1e30, 3e30]))
-    loss, cause = forward_and_find_nonfinite(FunnelForSequenceClassification(config), batch)
+    batch = text_batch(*padded_batch([5, 7]), torch.tensor([1e30, 3e30]))
+    loss, cause = forward_and_find_nonfinite(FunnelForSequenceClassification(config), TaskLoss(config.label_std), batch)
     assert cause is None
     assert loss.item() < 100

@@ -8,12 +8,14 @@ import torch
 from conftest import tiny_config
 
 from funnel.data import demo
-from funnel.data.dataset import Shard, encode_examples
+from funnel.data.batches import Shard
+from funnel.data.dataset import encode_examples
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import StoppedBySignal
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training import evaluate
-from funnel.training.evaluate import compute_metrics, loss_function, predict_logits
+from funnel.training.evaluate import compute_metrics, predict_logits
+from funnel.training.loss import loss_function
 
 
 @pytest.fixture(scope="module")

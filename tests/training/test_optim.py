@@ -8,10 +8,10 @@ import torch
 from conftest import padded_batch, tiny_config
 from torch import nn
 
-from funnel.model.heads import FunnelForSequenceClassification
+from funnel.model.heads import FunnelForSequenceClassification, FunnelForTokenClassification
 from funnel.training.distributed import Distributed
-from funnel.training.evaluate import loss_function
-from funnel.training.optim import LinearWarmupDecay, build_adamw, clip_grad_norm, param_groups
+from funnel.training.loss import loss_function
+from funnel.training.optim import LinearWarmupDecay, build_adamw, clip_grad_norm, layer_lr_scales, param_groups
 
 
 def test_weight_decay_applies_only_to_matrices():
@@ -24,6 +24,82 @@ def test_weight_decay_applies_only_to_matrices():
         is_matrix = name.endswith(("weight", "r_kernel", "seg_embed"))
         is_matrix &= "layer_norm" not in name and name != "encoder.distance_bias.weight"
         assert (name in decayed_names) == is_matrix, name
+
+
+# --- layer-wise learning-rate decay -----------------------------------------------------------------------------------
+
+# Blocks 1,2,1 and two decoder layers: six layers. Exponents as in ELECTRA's `_get_layer_lrs` with n_layers = 6.
+EXPONENTS = {
+    "embeddings.word_embeddings.weight": 8,
+    "embeddings.layer_norm.bias": 8,
+    "encoder.distance_bias.weight": 8,
+    "encoder.blocks.0.0.attention.q_head.weight": 7,
+    "encoder.blocks.0.0.attention.r_kernel": 7,
+    "encoder.blocks.1.0.attention.r_w_bias": 6,
+    "encoder.blocks.1.1.ffn.layer_norm.weight": 5,
+    "encoder.blocks.2.0.attention.seg_embed": 4,
+    "decoder.layers.0.ffn.linear_1.weight": 3,
+    "decoder.layers.1.attention.post_proj.bias": 2,
+    "classifier.weight": 0,
+    "classifier.bias": 0,
+}
+
+
+def make_deep_model():
+    torch.manual_seed(0)
+    return FunnelForTokenClassification(tiny_config(distance_buckets=8, num_decoder_layers=2))
+
+
+def test_rates_decay_from_the_head_to_the_embeddings():
+    scales = layer_lr_scales(make_deep_model(), 0.8)
+    assert {name: scales[name] for name in EXPONENTS} == pytest.approx({name: 0.8**n for name, n in EXPONENTS.items()})
+    assert scales.keys() == dict(make_deep_model().named_parameters()).keys()
+
+
+def test_a_classifier_counts_the_layers_of_the_encoder():
+    scales = layer_lr_scales(FunnelForSequenceClassification(tiny_config(blocks="2,1x3")), 0.5)
+    expected = {"embeddings.layer_norm.weight": 5, "encoder.blocks.0.1.attention.q_head.weight": 3,
+                "encoder.blocks.1.0.attention.q_head.weight": 2, "classifier.linear_hidden.weight": 0}  # fmt: skip
+    assert {name: scales[name] for name in expected} == {name: 0.5**n for name, n in expected.items()}
+
+
+@pytest.mark.parametrize("capture_on", [None, torch.device("cpu")])
+def test_every_group_has_its_own_share_of_the_rate(capture_on):
+    model = make_deep_model()
+    optimizer = build_adamw(param_groups(model, 0.01, 0.8), 1e-3, capture_on)
+    linear = LinearWarmupDecay(optimizer, 1e-3, range(10), 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for peak, step in ((1e-3, None), (1e-3 * 5 / 9, 5)):
+        if step is not None:
+            linear.set(step)
+        rates = {names[id(p)]: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        assert {n: rates[n] for n in EXPONENTS} == pytest.approx({n: peak * 0.8**e for n, e in EXPONENTS.items()}, rel=1e-6)
+        assert linear.lr == pytest.approx(peak, rel=1e-6)
+
+
+def test_weight_decay_is_the_same_with_layer_decay():
+    model = make_deep_model()
+    plain, layered = (
+        {id(p): group["weight_decay"] for group in param_groups(model, 0.01, decay) for p in group["params"]}
+        for decay in (1.0, 0.8)
+    )
+    assert plain == layered
+    assert len(param_groups(model, 0.01, 0.8)) == 2 * 8  # six layers, embeddings and head
+
+
+def test_without_layer_decay_there_are_two_groups_without_factors():
+    assert [group.keys() for group in param_groups(make_deep_model(), 0.01)] == [{"params", "weight_decay"}] * 2
+
+
+def test_the_first_update_is_proportional_to_the_rate():
+    model = make_deep_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = build_adamw(param_groups(model, 0.0, 0.5), 1e-3)
+    model(*padded_batch([5, 7])).square().sum().backward()
+    optimizer.step()
+    for name, exponent in EXPONENTS.items():  # Adam's first step moves every weight by the learning rate
+        moved = (model.get_parameter(name) - before[name]).abs().max().item()
+        assert moved == pytest.approx(1e-3 * 0.5**exponent, rel=0.02), name
 
 
 def schedule(total_steps, warmup, lr=1.0):
@@ -119,10 +195,10 @@ def train_a_few_steps(model, optimizer, steps=range(3)):
         optimizer.zero_grad()
 
 
-def make_model_and_optimizer(capture_on):
+def make_model_and_optimizer(capture_on, layer_decay=1.0):
     torch.manual_seed(0)
     model = FunnelForSequenceClassification(tiny_config())
-    return model, build_adamw(param_groups(model, 0.01), 0.01, capture_on)
+    return model, build_adamw(param_groups(model, 0.01, layer_decay), 0.01, capture_on)
 
 
 def assert_equal_weights(model, other):
@@ -145,17 +221,18 @@ def test_a_tensor_learning_rate_gives_the_same_updates():
     assert_equal_weights(model, expected)
 
 
+@pytest.mark.parametrize("layer_decay", [1.0, 0.8])
 @pytest.mark.parametrize("saved_on", [CPU, None])
 @pytest.mark.parametrize("loaded_on", [CPU, None])
-def test_restoring_a_state_keeps_the_kind_of_learning_rate(saved_on, loaded_on):
-    dist, (source, saved) = Distributed(CPU), make_model_and_optimizer(saved_on)
+def test_restoring_a_state_keeps_the_kind_of_learning_rate(saved_on, loaded_on, layer_decay):
+    dist, (source, saved) = Distributed(CPU), make_model_and_optimizer(saved_on, layer_decay)
     train_a_few_steps(source, saved)
-    model, optimizer = make_model_and_optimizer(loaded_on)
+    model, optimizer = make_model_and_optimizer(loaded_on, layer_decay)
     before = [group["lr"] for group in optimizer.param_groups]
     dist.load_optimizer_state(model, optimizer, copy.deepcopy(dist.optimizer_state(source, saved)))
     for group, rate in zip(optimizer.param_groups, before, strict=True):
         assert group["lr"] is rate
-        assert float(rate) == pytest.approx(0.01)
+        assert float(rate) == pytest.approx(0.01 * group.get("lr_scale", 1.0))
         assert group["capturable"] == (loaded_on is not None)
     model.load_state_dict(source.state_dict())
     train_a_few_steps(model, optimizer, steps=range(3, 5))

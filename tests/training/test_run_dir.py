@@ -14,6 +14,7 @@ from funnel.errors import FunnelError
 from funnel.io import atomic_folder, folder_versions
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.distributed import Distributed
+from funnel.training.loss import TaskLoss
 from funnel.training.run_dir import RunDir, create_unused_folder, read_arguments, read_record
 from funnel.training.state import TrainComponents, TrainState
 from train import TrainArgs
@@ -26,7 +27,7 @@ def components():
     model = FunnelForSequenceClassification(tiny_config(vocab_size=99))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainComponents(DIST, model, model, FunnelTokenizer.train(["a good film"]), optimizer, scaler, "fp32")
+    return TrainComponents(DIST, model, model, FunnelTokenizer.train(["a good film"]), optimizer, scaler, "fp32", TaskLoss())
 
 
 def save_steps(run, components, *steps):
@@ -265,7 +266,7 @@ def test_the_newest_checkpoints_are_kept(keep, expected, tmp_path, components):
     assert list(saved_steps(run)) == ["last", *(f"last-{n}" for n in range(1, len(expected)))]
     run = save_steps(RunDir(tmp_path, 2), components, 6)  # fewer from now on
     assert list(saved_steps(run).values()) == [6, 5]
-    (_, weights, _), _, state = run.load_last()
+    (_, weights, _), _, state, _ = run.load_last()
     assert (state.step, state.best) == (6, {"step": 6, "f1": 0.5})
     assert all((tensor == 6).all() for tensor in weights.values())
 
@@ -306,7 +307,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(name, damage, tmp_path, 
     if (name, damage) == ("checksums.json", "missing"):  # the other files are intact
         assert run.load_last()[2].step == 2
         return
-    (_, weights, _), _, state = run.load_last()
+    (_, weights, _), _, state, _ = run.load_last()
     assert state.step == 1
     assert all((tensor == 1).all() for tensor in weights.values())
     warning = capsys.readouterr().err

@@ -9,10 +9,19 @@ from conftest import padded_batch, tiny_config
 from funnel.cli.convert import convert
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
+from funnel.model import pooling
 from funnel.model.checkpoint import load_weights
-from funnel.model.heads import FunnelForSequenceClassification
+from funnel.model.heads import FunnelForSequenceClassification, FunnelModel
 from funnel.weights.load import read_source
-from funnel.weights.surgery import apply_plan, calibrate_layer_norms, make_plan, read_plan, recommended_blocks, write_plan
+from funnel.weights.surgery import (
+    apply_plan,
+    calibrate_layer_norms,
+    make_decoder_identity,
+    make_plan,
+    read_plan,
+    recommended_blocks,
+    write_plan,
+)
 
 
 def plan_rows(old: str, new: str, init: str = "identity") -> list[str]:
@@ -284,3 +293,18 @@ def test_new_layers_share_no_memory():
 def test_recommended_layout_pools_the_last_third(blocks, recommended):
     config = tiny_config(blocks=blocks)
     assert config.replace(blocks=recommended_blocks(config)).layout == recommended
+
+
+# --- a new decoder ----------------------------------------------------------------------------------------------------
+
+
+def test_an_identity_decoder_returns_the_normalized_sum_of_last_block_and_block_0():
+    torch.manual_seed(0)
+    model = FunnelModel(tiny_config(num_decoder_layers=2)).eval()
+    batch = padded_batch([13, 6])
+    assert model.config.blocks[0].runs == 1
+    make_decoder_identity(model)
+    states, mask = model.encode(*batch)
+    total = pooling.upsample(states[-1], mask, 13, model.config) + states[1]
+    expected = (total - total.mean(-1, keepdim=True)) / total.std(-1, correction=0, keepdim=True)
+    torch.testing.assert_close(model(*batch), expected, rtol=1e-4, atol=1e-4)

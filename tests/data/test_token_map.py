@@ -1,0 +1,59 @@
+"""Maps between the token ids of two tokenizers."""
+
+import pytest
+import torch
+
+from funnel.data.token_map import is_identity, token_map
+from funnel.data.tokenizer import FunnelTokenizer
+from funnel.errors import FunnelError
+
+WORDS = "the film was good bad not".split()
+
+
+def make_tokenizer(folder, tokens, cased=False):
+    folder.mkdir()
+    path = folder / ("vocab.cased.txt" if cased else "vocab.txt")
+    path.write_text("\n".join(tokens))
+    return FunnelTokenizer.load(folder)
+
+
+BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def test_tokens_are_matched_by_name_and_special_tokens_by_role(tmp_path):
+    student = make_tokenizer(tmp_path / "a", [*BERT, *WORDS])
+    teacher = make_tokenizer(tmp_path / "b", ["<s>", "</s>", "<pad>", "<unk>", "<mask>", *reversed(WORDS), "more"])
+    assert token_map(student, teacher).tolist() == [2, 3, 0, 1, 4, 10, 9, 8, 7, 6, 5]
+
+
+def test_the_map_of_a_tokenizer_to_itself_is_the_identity(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "a", [*BERT, *WORDS])
+    assert is_identity(token_map(tokenizer, tokenizer))
+    assert not is_identity(torch.tensor([0, 2, 1]))
+
+
+def test_missing_tokens_are_named(tmp_path):
+    student = make_tokenizer(tmp_path / "a", [*BERT, *WORDS, "##ly"])
+    teacher = make_tokenizer(tmp_path / "b", [*BERT, *WORDS[:4]])
+    with pytest.raises(FunnelError, match=r"lacks 3 of the student's 12 tokens: 'bad', 'not', '##ly'; use"):
+        token_map(student, teacher)
+
+
+@pytest.mark.parametrize("cased", [True, False])
+def test_other_pieces_are_an_error(cased, tmp_path):
+    words = ["quick", "QUICK", "The", "the", *map(chr, range(33, 127))]
+    student = make_tokenizer(tmp_path / "a", [*BERT, *words])
+    tokens = [*BERT, *words] if cased else [*BERT, *words, "brown", "##s"]
+    teacher = make_tokenizer(tmp_path / "b", tokens, cased)
+    with pytest.raises(FunnelError, match=r"splits texts differently: '(The|brown)', .* instead of '"):
+        token_map(student, teacher)
+
+
+@pytest.mark.slow
+def test_mpnet_has_berts_ids_plus_4(minilm, mpnet):
+    bert = FunnelTokenizer.load(minilm)
+    ids = token_map(bert, FunnelTokenizer.load(mpnet))
+    names = {name: int(ids[token_id]) for name, token_id in bert.ids.items()}
+    assert names == {"pad": 1, "unk": 104, "cls": 0, "sep": 2, "mask": 30526}
+    ordinary = torch.tensor([i for i in range(len(ids)) if i not in bert.ids.values()])
+    assert torch.equal(ids[ordinary], ordinary + 4)
