@@ -7,6 +7,7 @@ multi-node commands are only parsed; .ci/run runs the two installation commands.
 import argparse
 import importlib
 import json
+import lzma
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ import torch
 from conftest import ROOT, tiny_config
 
 import convert_weights
+import pretrain
 import train
 from funnel.cli import main as cli
 from funnel.cli import sweep
@@ -47,7 +49,7 @@ def fenced_commands(page: str) -> list[str]:
 def inline_commands(page: str) -> list[str]:
     """Commands in backticks."""
     prose = re.sub(r"^```.*?^```$", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
-    starts = r"(?:python|pytest|torchrun|pip|funnel|convert_weights\.py|train\.py)"
+    starts = r"(?:python|pytest|torchrun|pip|funnel|convert_weights\.py|train\.py|pretrain\.py)"
     return re.findall(rf"`({starts} [^`]+)`", prose.replace("\n", " "))
 
 
@@ -61,7 +63,16 @@ def executed() -> set[str]:
 def home(tmp_path_factory, tiny_bert):
     """A folder with the files that the commands read."""
     folder = tmp_path_factory.mktemp("home")
-    for name in ("train.py", "convert_weights.py", "funnel", "benchmarks", "tests", "constraints.txt", "pyproject.toml"):
+    for name in (
+        "train.py",
+        "pretrain.py",
+        "convert_weights.py",
+        "funnel",
+        "benchmarks",
+        "tests",
+        "constraints.txt",
+        "pyproject.toml",
+    ):
         (folder / name).symlink_to(ROOT / name)
     (folder / "docs").mkdir()
     (folder / "google-bert").mkdir()
@@ -74,6 +85,9 @@ def home(tmp_path_factory, tiny_bert):
         FunnelForSequenceClassification(config).save_pretrained(folder / name)
         tokenizer.save(folder / name)
     (folder / "reviews.csv").write_text("review,stars\n" + "".join(f'"{text}",{stars}\n' for text, stars in ROWS))
+    documents = ["\n".join(text for text, _ in ROWS[i : i + 3]) for i in range(0, len(ROWS), 3)] * 16  # a batch at least
+    (folder / "wiki.txt.xz").write_bytes(lzma.compress("\n\n".join(documents).encode()))
+    (folder / "notes.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     (folder / "more.jsonl").write_text("".join(json.dumps({"review": t, "stars": s}) + "\n" for t, s in ROWS[:6]))
     sst2 = "sentence\tlabel\n" + "".join(f"{text}\t{int(stars) // 4}\n" for text, stars in ROWS)
     for place in ("glue/SST-2", "cache/data/sst2/unpacked/SST-2"):
@@ -155,6 +169,11 @@ def execute(command: str, home: Path, monkeypatch) -> None:
             pass  # takes half a minute; tested in tests/weights/test_export.py
         case ["python", "train.py", *rest]:
             assert exit_status(train.main, rest) == 0
+        case ["python", "pretrain.py", *rest]:
+            check_flags(command)
+            shortened = {"--steps": "2", "--batch-size": "8", "--max-length": "24"}
+            shortened |= {} if {"--weights", "--teacher"} & set(rest) else {"--d-model": "32"}
+            assert exit_status(pretrain.main, [*rest, *(word for pair in shortened.items() for word in pair)]) == 0
         case ["python", "convert_weights.py", *rest]:
             assert exit_status(convert_weights.main, rest) == 0
         case ["funnel", *rest] | ["python", "-m", "funnel", *rest]:

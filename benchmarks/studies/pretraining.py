@@ -1,0 +1,199 @@
+"""What pretraining is worth: pretrains models with pretrain.py, then fine-tunes each, and the same network before it.
+
+    python -m benchmarks.studies.pretraining --recipe minilm --corpus wiki.txt.xz --teacher MINILM --data GLUE --out runs/minilm
+    python -m benchmarks.studies.pretraining --recipe tiny --corpus wiki.txt.xz --teacher MINILM --data GLUE --out runs/tiny
+    python -m benchmarks.studies.pretraining --recipe electra --corpus wiki.txt.xz --data GLUE --out runs/electra
+    python -m benchmarks.studies.pretraining --report
+
+Needs no network: corpus, teacher and data are local. Each step is resumed or skipped if it has been done before. Results are
+appended to --results. The pretrained weights are written to OUT/NAME.safetensors in float16, in pieces of at most 16 MB
+(NAME.safetensors.0, .1, ...; join them with cat).
+"""
+
+import argparse
+import math
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.studies.results import ROOT, environment, read_results, run_all, train
+from funnel.data.tasks import get_task
+from funnel.model.checkpoint import load_checkpoint, save_weights
+from funnel.training.metrics import LOWER_IS_BETTER
+
+RESULTS = Path(__file__).with_name("pretraining.jsonl")
+PIECE = 16 * 10**6  # bytes
+BEFORE, AFTER = "before", "after"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to pretrain and to fine-tune.
+
+    Attributes:
+        models: arguments of pretrain.py by name.
+        steps: default number of steps.
+        lr: learning rate of fine-tuning.
+        epochs: of fine-tuning; SST-2, which is larger, is trained for one.
+    """
+
+    models: dict[str, list[str]]
+    steps: int
+    lr: float
+    epochs: float = 4.0
+    tasks: list[str] = field(default_factory=lambda: ["cola", "stsb", "rte", "mrpc", "sst2"])
+
+
+DISTILL = ["--objective", "distill"]
+RECIPES = {
+    "minilm": Recipe({name: [*DISTILL, "--blocks", name] for name in ("2,2,2", "4,2")}, 10_000, 5e-5),
+    "tiny": Recipe({"tiny": [*DISTILL, "--blocks", "2,2,2", "--d-model", "128", "--lr", "1e-3"]}, 5_000, 3e-4),
+    "electra": Recipe({"electra": ["--blocks", "2,2,2", "--d-model", "256", "--vocab", "8192"]}, 10_000, 1e-4),
+}
+
+
+class Run(NamedTuple):
+    """What identifies a fine-tuning run.
+
+    Attributes:
+        model: a key of `Recipe.models`.
+        stage: `BEFORE` or `AFTER` pretraining.
+        steps: of pretraining.
+    """
+
+    recipe: str
+    model: str
+    stage: str
+    steps: int
+    task: str
+    seed: int
+
+
+class Result(NamedTuple):
+    """A run with the scores of its last evaluation, by metric."""
+
+    recipe: str
+    model: str
+    stage: str
+    steps: int
+    task: str
+    seed: int
+    scores: dict[str, float]
+
+
+def pretrain(name: str, arguments: list[str], steps: int, out: Path) -> None:
+    """Runs pretrain.py in a separate process, or continues or skips it."""
+    folder = out / name
+    if (folder / "last").exists():
+        arguments = ["--resume"]
+    command = [sys.executable, str(ROOT / "pretrain.py"), *arguments, "--steps", str(steps), "--out", str(folder)]
+    print("+ " + " ".join(command[1:]), file=sys.stderr, flush=True)
+    subprocess.run(command, check=True, env=environment(1))
+
+
+def fine_tune(run: Run, options: argparse.Namespace) -> Result:
+    """Runs train.py on a model."""
+    recipe, name = RECIPES[run.recipe], model_name(run.model)
+    epochs = 1.0 if run.task == "sst2" else recipe.epochs
+    weights = options.out / (name if run.stage == AFTER else f"{name}_before")
+    arguments = ["--task", run.task, "--data", str(options.data), "--weights", str(weights), "--seed", str(run.seed)]
+    arguments += ["--epochs", str(epochs), "--lr", str(recipe.lr), "--eval-every", "1000000"]  # only after the last step
+    scores = train(arguments, options.out / f"{name}_{run.stage}_{run.task}_{run.seed}", options.jobs)
+    metrics = [metric for metric in get_task(run.task).metrics if metric not in LOWER_IS_BETTER]
+    return Result(*run, {metric: scores[metric] for metric in metrics})
+
+
+def model_name(model: str) -> str:
+    """The name of a model as part of a path."""
+    return model.replace(",", "-")
+
+
+def write_pieces(checkpoint: Path, path: Path) -> None:
+    """Writes a checkpoint's weights in float16, in pieces of at most `PIECE` bytes."""
+    weights = load_checkpoint(checkpoint).weights
+    save_weights(path, {name: tensor.to(torch.float16) for name, tensor in weights.items()})
+    data = path.read_bytes()
+    for number in range(math.ceil(len(data) / PIECE)):
+        path.with_name(f"{path.name}.{number}").write_bytes(data[number * PIECE : (number + 1) * PIECE])
+    path.unlink()
+
+
+def table(results: list[Result]) -> str:
+    """A Markdown table with one line per model and task."""
+    lines = ["| model | steps | task | seeds | before | after |", "|---|---|---|---|---|---|"]
+    groups = dict.fromkeys((r.recipe, r.model, r.steps, r.task) for r in results)
+    for key in groups:
+        group = [r for r in results if (r.recipe, r.model, r.steps, r.task) == key]
+        cells = [describe([r.scores for r in group if r.stage == stage]) for stage in (BEFORE, AFTER)]
+        recipe, model, steps, task = key
+        seeds = len({r.seed for r in group})
+        lines.append(f"| {recipe} `{model}` | {steps:,} | {get_task(task).title} | {seeds} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def describe(scores: list[dict[str, float]]) -> str:
+    """Mean and standard error of the main metric, in percent."""
+    if not scores:
+        return ""
+    metric = next(iter(scores[0]))
+    values = [100 * score[metric] for score in scores]
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
+    return f"{metric} {statistics.mean(values):.1f}{error}"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=RECIPES)
+    parser.add_argument("--corpus", nargs="+", help="text files")
+    parser.add_argument("--teacher", help="folder of the model to distill")
+    parser.add_argument("--data", type=Path, help="folder with a folder per GLUE task")
+    parser.add_argument("--steps", type=int, help="(default: the recipe's)")
+    parser.add_argument("--tasks", nargs="+", help="(default: the recipe's)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arguments", default="", help="further arguments of pretrain.py, as one string")
+    parser.add_argument("--out", type=Path, help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="fine-tuning runs at a time (default: %(default)s)")
+    parser.add_argument("--report", action="store_true", help="print the stored results and start no run")
+    options = parser.parse_args()
+    if not options.report and None in (options.recipe, options.corpus, options.data, options.out):
+        parser.error("--recipe, --corpus, --data and --out are required, except with --report")
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
+    results = [Result(**values) for values in read_results(options.results)]
+    if not options.report:
+        recipe = RECIPES[options.recipe]
+        steps = options.steps or recipe.steps
+        common = ["--corpus", *options.corpus, *(["--teacher", options.teacher] if options.teacher else [])]
+        common += options.arguments.split()
+        for model, arguments in recipe.models.items():
+            untrained = [*common, *arguments, "--lr", "1e-30"]  # the network before pretraining
+            pretrain(f"{model_name(model)}_before", untrained, 1, options.out)
+            pretrain(model_name(model), [*common, *arguments], steps, options.out)
+            write_pieces(options.out / model_name(model) / "last", options.out / f"{model_name(model)}.safetensors")
+        requested = [
+            Run(options.recipe, model, stage, steps, task, seed)
+            for seed in options.seeds
+            for task in options.tasks or recipe.tasks
+            for model in recipe.models
+            for stage in (BEFORE, AFTER)
+            if task != "sst2" or seed == options.seeds[0]
+        ]
+        done = {Run(*result[:6]) for result in results}
+        missing = [run for run in requested if run not in done]
+        results += run_all(partial(fine_tune, options=options), missing, options.jobs, options.results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

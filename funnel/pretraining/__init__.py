@@ -1,0 +1,1 @@
+"""Pretraining: corpora of text, and the objectives ELECTRA, masked language modeling and distillation."""

@@ -1,0 +1,314 @@
+"""Distillation: a student of any layout learns to reproduce the hidden states of a teacher.
+
+Three choices of the states that are compared, each with the position of [CLS] as a term of its own:
+
+    decoder   the decoder's states with the teacher's last states, at full length
+    pooled    the last block's states with the teacher's last states, pooled as often as the student pools: what a classifier
+              reads; the decoder is not trained
+    blocks    every block's last states with those of the teacher's layer at the same relative depth, pooled; likewise
+
+Optionally, the relations between the queries, keys and values of one layer at full length (MiniLM v2, arXiv 2012.15828).
+
+Shapes: b examples, l tokens, p positions of a block, d = d_model, n = width of queries, keys and values.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from funnel.errors import FunnelError
+from funnel.model import pooling
+from funnel.model.checkpoint import check_names, check_shape, read_weight_file, save_weights, weights_digest
+from funnel.model.config import FunnelConfig
+from funnel.model.heads import FunnelModel, FunnelPreTrainedModel
+from funnel.pretraining.objective import Objective
+
+STATES = ("decoder", "pooled", "blocks")
+DISTANCES = ("cosine", "mse")
+RELATIONS = ("qq", "kk", "vv", "qk")
+PROJECTIONS = "projections.safetensors"
+
+
+@dataclass(frozen=True)
+class DistillTerms:
+    """The terms of the loss: states + cls_weight * cls + relations_weight * relations.
+
+    Attributes:
+        states: which states are compared, one of `STATES`.
+        distance: 1 - cosine ("cosine"), or the squared error in units of the variance of the teacher's features ("mse").
+        cls_weight: weight of the distance at [CLS]; that of the other tokens, on average, is 1.
+        relations: which relations are compared, of `RELATIONS`; MiniLM v2 uses the first three.
+        relations_weight: weight of their sum.
+
+    Raises:
+        FunnelError: an unknown choice.
+    """
+
+    states: str = "decoder"
+    distance: str = "cosine"
+    cls_weight: float = 5.0
+    relations: tuple[str, ...] = ()
+    relations_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        choices = {"states": STATES, "distance": DISTANCES}
+        pairs = [(name, getattr(self, name), allowed) for name, allowed in choices.items()]
+        for name, value, allowed in [*pairs, *(("relations", value, RELATIONS) for value in self.relations)]:
+            if value not in allowed:
+                raise FunnelError(f"unknown {name} {value!r}; choose from {', '.join(allowed)}", name)
+
+
+class Match(NamedTuple):
+    """A state of the student and the one of the teacher that it is compared with.
+
+    Attributes:
+        student, teacher: indices into the lists of states; the states after the embeddings have index 0, the last ones -1.
+        block: the student's block at whose resolution they are compared.
+        teacher_block: the block that gives the resolution of the teacher's state.
+    """
+
+    student: int
+    teacher: int
+    block: int
+    teacher_block: int
+
+
+class FrozenTeacher(nn.Module):
+    """Computes the teacher's states, in evaluation mode and without gradients.
+
+    Args:
+        token_map: the teacher's id of each of the student's tokens, [V_student]; None if they are the same.
+    """
+
+    token_map: Tensor | None
+
+    def __init__(self, model: FunnelPreTrainedModel, token_map: Tensor | None) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("token_map", token_map)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor], with_decoder: bool) -> list[Tensor]:
+        input_ids, mask, token_type_ids = inputs
+        ids = input_ids if self.token_map is None else self.token_map[input_ids]
+        return hidden_states(self.model, (ids, mask, token_type_ids), with_decoder)
+
+
+class Distillation(Objective):
+    """Makes a student reproduce a teacher's states.
+
+    The teacher is not a submodule: it has no part in parameters, state dicts and checkpoints, but moves with the objective
+    to a device. With other states than "decoder", the student's decoder is frozen.
+
+    Args:
+        student: encoder and decoder, in any layout.
+        teacher: any model; evaluated under the same autocast. Its states are projected to the student's width by a learned
+            linear layer where widths differ.
+        token_map: from `funnel.data.token_map.token_map`, if the tokenizers differ.
+        terms: of the loss.
+
+    Raises:
+        FunnelError: the teacher does not have the states that the terms need.
+    """
+
+    def __init__(
+        self,
+        student: FunnelModel,
+        teacher: FunnelPreTrainedModel,
+        token_map: Tensor | None = None,
+        terms: DistillTerms | None = None,
+    ) -> None:
+        super().__init__(student)
+        self.terms = terms = terms or DistillTerms()
+        self.names = ("loss", "states", "cls", *(["relations"] if terms.relations else []))
+        self.matches = find_matches(student.config, teacher, terms.states)
+        if terms.states != "decoder":
+            student.decoder.requires_grad_(False)
+        widths = student.config.d_model, teacher.config.d_model
+        count = len(self.matches) if widths[0] != widths[1] else 0
+        self.projections = nn.ModuleList(nn.Linear(*widths) for _ in range(count))
+        self.pooling_config = student.config.replace(pooling_type="mean")
+        self._teacher = (FrozenTeacher(teacher, token_map),)  # in a tuple, so that it is not a submodule
+
+    @property
+    def teacher(self) -> FrozenTeacher:
+        """The teacher."""
+        return self._teacher[0]
+
+    def settings(self) -> dict[str, Any]:
+        return {"teacher_digest": weights_digest(self.teacher.model)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distillation":
+        """Implements `to` and the like, for the teacher, too."""
+        self.teacher._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, token_weights: Tensor, **_unused: Tensor
+    ) -> Tensor:
+        terms, inputs, mask = self.terms, (input_ids, attention_mask, token_type_ids), attention_mask != 0
+        with_decoder = terms.states == "decoder"
+        student, teacher = hidden_states(self.model, inputs, with_decoder), self.teacher(inputs, with_decoder)
+        states, cls = self._compare_states(student, teacher, mask, token_weights)
+        if not terms.relations:
+            return torch.stack([states + terms.cls_weight * cls, states, cls])
+        relations = self._compare_relations(student, teacher, mask, token_weights)
+        return torch.stack([states + terms.cls_weight * cls + terms.relations_weight * relations, states, cls, relations])
+
+    def _compare_states(
+        self, student: list[Tensor], teacher: list[Tensor], mask: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The distances over tokens without [CLS], weighted by 1 / number of tokens, and those at [CLS], weighted by the
+        example's share of the tokens."""
+        share = weights.sum(1)  # [b], of the global batch's tokens
+        levels = self._pool_weights(mask, weights)
+        states = cls = torch.zeros((), device=mask.device)
+        for index, match in enumerate(self.matches):
+            target = teacher[match.teacher]
+            for block in range(match.teacher_block, match.block):
+                target = pooling.pool_hidden(target, levels[block][0], self.pooling_config)  # [b, p, d]
+            state = student[match.student]
+            if self.projections:
+                state = self.projections[index](state)
+            distances = state_distance(state.float(), target.float(), self.terms.distance)  # [b, p]
+            states = states + (distances[:, 1:] * levels[match.block][1][:, 1:]).sum() / len(self.matches)
+            cls = cls + (distances[:, 0] * share).sum() / len(self.matches)
+        return states, cls
+
+    def _compare_relations(self, student: list[Tensor], teacher: list[Tensor], mask: Tensor, weights: Tensor) -> Tensor:
+        """The sum of the divergences of all relations."""
+        config, teacher_model = self.model.config, self.teacher.model
+        n_heads = math.gcd(teacher_model.config.n_head, config.n_head * config.d_head)
+        projected, expected = queries_keys_values(self.model, student), queries_keys_values(teacher_model, teacher)
+        total = torch.zeros((), device=mask.device)
+        for pair in self.terms.relations:
+            x, y = ("qkv".index(letter) for letter in pair)
+            log_probs = relation(projected[x], projected[y], mask, n_heads)
+            total = total + relation_divergence(log_probs, relation(expected[x], expected[y], mask, n_heads), weights)
+        return total
+
+    def _pool_weights(self, mask: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For each block, the mask and the weights of its positions, [b, p] each: the sums of their tokens' weights."""
+        levels = [(mask, weights)]
+        for _ in self.model.config.blocks[1:]:
+            counts = 2 * self._pool(mask.to(weights.dtype), torch.ones_like(mask))  # number of real positions
+            weights = counts * self._pool(weights, mask)
+            mask = pooling.pool_mask(mask, self.pooling_config)
+            weights = weights * mask
+            levels.append((mask, weights))
+        return levels
+
+    def _pool(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Averages of pairs of values, [b, p] -> [b, ceil(p / 2)]."""
+        return pooling.pool_hidden(values.unsqueeze(2), mask, self.pooling_config).squeeze(2)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Writes the projections, if there are any."""
+        if self.projections:
+            save_weights(folder / PROJECTIONS, self.own_weights(weights, "projections"))
+
+    def load(self, folder: Path) -> None:
+        state = self.projections.state_dict()
+        if not state:
+            return
+        path = folder / PROJECTIONS
+        weights = read_weight_file(path)
+        check_names([name for name in state if name not in weights], [name for name in weights if name not in state], path)
+        for name, tensor in weights.items():
+            check_shape(name, tensor, state[name], path)
+        self.projections.load_state_dict(weights)
+
+
+def hidden_states(model: FunnelPreTrainedModel, inputs: tuple[Tensor, Tensor, Tensor], with_decoder: bool) -> list[Tensor]:
+    """The states after the embeddings and every run of a layer, then the decoder's, if there is one and `with_decoder` is true.
+
+    Args:
+        inputs: input_ids, attention_mask and token_type_ids, [b, l].
+    """
+    return model.encode_and_decode(*inputs) if with_decoder and model.has_decoder else model.encode(*inputs)[0]
+
+
+def find_matches(student: FunnelConfig, teacher: FunnelPreTrainedModel, states: str) -> list[Match]:
+    """Which states are compared.
+
+    Raises:
+        FunnelError: the teacher has no states at the resolution of the student's.
+    """
+    config = teacher.config
+    n_blocks, n_teacher_blocks = len(student.blocks), len(config.blocks)
+    if states == "decoder":
+        if n_teacher_blocks > 1 and not (teacher.has_decoder and config.num_decoder_layers):
+            raise FunnelError(
+                f"states {states!r}: the teacher (blocks {config.layout}) pools and has no decoder; choose pooled", "states"
+            )
+        return [Match(-1, -1, 0, 0)]
+    if n_teacher_blocks > 1:
+        for name in ("separate_cls", "truncate_seq"):
+            if getattr(student, name) != getattr(config, name):
+                raise FunnelError(f"states {states!r}: the teacher pools with another {name}; choose decoder", "states")
+    if states == "pooled":
+        matches = [Match(-1, -1, n_blocks - 1, n_teacher_blocks - 1)]
+    else:
+        ends, teacher_ends = ([*itertools.accumulate(block.runs for block in c.blocks)] for c in (student, config))
+        matches = []
+        for block, end in enumerate(ends):
+            run = max(1, round(end * teacher_ends[-1] / ends[-1]))
+            matches.append(Match(end, run, block, next(i for i, last in enumerate(teacher_ends) if run <= last)))
+    for match in matches:
+        if match.teacher_block > match.block:
+            raise FunnelError(
+                f"states {states!r}: the teacher (blocks {config.layout}) pools earlier than the student (blocks "
+                f"{student.layout}); choose decoder",
+                "states",
+            )
+    return matches
+
+
+def state_distance(student: Tensor, teacher: Tensor, distance: str) -> Tensor:
+    """The distance of states, [b, p, d] each -> [b, p]."""
+    if distance == "cosine":
+        return 1 - F.cosine_similarity(student, teacher, dim=-1)
+    variance = teacher.var(-1, correction=0).clamp(min=1e-6)
+    return (student - teacher).square().mean(-1) / variance
+
+
+def queries_keys_values(model: FunnelPreTrainedModel, states: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The queries, keys and values of the last layer at full length, that of block 0: [b, l, n] each.
+
+    They are computed a second time, from the layer's input: unlike hooks, this also works if the layer is compiled.
+    """
+    attention = model.encoder.layers(0)[-1].attention
+    hidden = states[model.config.blocks[0].runs - 1]  # the output of the preceding run
+    return attention.q_head(hidden), attention.k_head(hidden), attention.v_head(hidden)
+
+
+def relation(x: Tensor, y: Tensor, mask: Tensor, n_heads: int) -> Tensor:
+    """Logarithms of the softmax of scaled dot products, [b, l, n] twice -> [b, h, l, l] (MiniLM v2, equations 5 to 7).
+
+    Args:
+        mask: [b, l], true where a token is real.
+        n_heads: number of relation heads, into which the width is split again.
+    """
+    x, y = (tensor.unflatten(-1, (n_heads, -1)).transpose(1, 2) for tensor in (x, y))  # [b, h, l, n / h]
+    scores = (x @ y.transpose(-1, -2)).float() / math.sqrt(x.shape[-1])
+    return scores.masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min).log_softmax(-1)
+
+
+def relation_divergence(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """The weighted mean of KL(teacher || student) over tokens and heads (MiniLM v2, equation 4).
+
+    Args:
+        student, teacher: [b, h, l, l], logarithms of probabilities.
+        weights: [b, l], of the queries.
+    """
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean(1)  # [b, l]
+    return (divergence * weights).sum()
