@@ -1,7 +1,7 @@
 """Pretrains a Funnel-Transformer on raw text: ELECTRA, masked language modeling, or distillation from another model.
 
     python pretrain.py --corpus wiki.txt.xz --blocks 4,4,4                          # ELECTRA, a new model
-    python pretrain.py --objective mlm --corpus notes.jsonl --weights DIR           # continue on your own texts
+    python pretrain.py --objective mlm --corpus notes.jsonl --weights DIR           # continue on your own text
     python pretrain.py --objective distill --teacher DIR --blocks 2,2,2 --corpus wiki.txt.xz
     torchrun --nproc-per-node 8 pretrain.py ...                                     # several GPUs or machines
 
@@ -58,7 +58,7 @@ class PretrainArgs(RunArgs, ModelArgs):
     pairs: bool = option(False, "split half of the sequences into two segments with different token types")
     masking: str = option(
         None,
-        "85 %% [MASK], the rest kept; or 80 %% [MASK], 10 %% random (default: electra; for mlm, bert)",
+        "electra: 85 %% [MASK]; bert: 80 %% [MASK], 10 %% random; the rest stay (default: bert for mlm, else electra)",
         choices=tuple(MASKING),
     )
     mask_share: float = option(0.15, "share of the tokens to mask", bounds="(0, 0.5]")
@@ -73,13 +73,13 @@ class PretrainArgs(RunArgs, ModelArgs):
         self.check_run()
         self.check_model()
         if self.objective == "distill":
-            self.reject(("masking", "mask_share", "whole_words"), "on distill")
+            self.reject(("masking", "mask_share", "whole_words"), "with the objective distill")
         if not self.corpus:
             raise FunnelError("corpus: missing; name one or more text files", "corpus")
 
 
 def load(args: PretrainArgs, run: RunDir) -> tuple[PretrainArgs, PretrainModel, Objective, PretrainData]:
-    """Loads corpus and model (on the CPU, from the checkpoint of a resumed run); fills in defaults in `args`."""
+    """Loads corpus and model (on the CPU, from the checkpoint of a resumed run); fills in the default learning rate."""
     lr = args.lr or (NEW_LR if args.source is None else CONTINUED_LR)
     masking = args.masking or ("bert" if args.objective == "mlm" else "electra")
     args = replace(args, lr=lr)

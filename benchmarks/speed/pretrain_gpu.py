@@ -4,8 +4,8 @@
     python -m benchmarks.speed.pretrain_gpu --device cpu --d-model 128 --vocab 8000 --batch-size 8
 
 Steps are those of pretrain.py (bf16, dropout, clipping, fused AdamW, CUDA graphs on a GPU), on random token ids without
-padding. The teacher of the distillation is a BERT of the same width with as many layers. MFU: the FLOPs of matrix products,
-three times those of a forward pass (once for the teacher), divided by the step's time and by the peak in matrix products,
+padding. The teacher of the distillation is a BERT of the same width with as many layers. MFU: the FLOPs of a step's matrix
+products (three times those of the forward pass; for the teacher, once), divided by its time and by the peak of matrix products,
 measured here. Below each row, an extrapolation to the paper's runs.
 """
 
@@ -159,7 +159,7 @@ def main() -> None:
         print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
         days = PAPER_TOKENS / row["tokens_per_s"] / 86400
         print(
-            f"  1M steps x 256 x 512 tokens: {days:.1f} days on one, {days / GPUS:.1f} on {GPUS} if they scale linearly",
+            f"  1M steps x 256 x 512 tokens: {days:.1f} days on one device, {days / GPUS:.1f} on {GPUS} with linear scaling",
             flush=True,
         )
         if options.json:

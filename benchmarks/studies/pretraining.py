@@ -1,11 +1,11 @@
-"""What pretraining is worth: pretrains models with pretrain.py, then fine-tunes each, and the same network before it.
+"""The benefit of pretraining: pretrains models with pretrain.py, then fine-tunes each, before and after pretraining.
 
     python -m benchmarks.studies.pretraining --recipe minilm --corpus wiki.txt.xz --teacher MINILM --data GLUE --out runs/minilm
     python -m benchmarks.studies.pretraining --recipe tiny --corpus wiki.txt.xz --teacher MINILM --data GLUE --out runs/tiny
     python -m benchmarks.studies.pretraining --recipe electra --corpus wiki.txt.xz --data GLUE --out runs/electra
     python -m benchmarks.studies.pretraining --report
 
-Needs no network: corpus, teacher and data are local. Each step is resumed or skipped if it has been done before. Results are
+Needs no network: corpus, teacher and data are local. Interrupted runs are resumed, stored results are not repeated. Results are
 appended to --results. The pretrained weights are written to OUT/NAME.safetensors in float16, in pieces of at most 16 MB
 (NAME.safetensors.0, .1, ...; join them with cat).
 """
@@ -88,7 +88,7 @@ class Result(NamedTuple):
 
 
 def pretrain(name: str, arguments: list[str], steps: int, out: Path) -> None:
-    """Runs pretrain.py in a separate process, or continues or skips it."""
+    """Runs pretrain.py in a separate process; resumes a run that has a checkpoint."""
     folder = out / name
     if (folder / "last").exists():
         arguments = ["--resume"]

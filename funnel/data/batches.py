@@ -63,7 +63,7 @@ class Batch:
 
     @property
     def token_type_ids(self) -> Tensor:
-        """[b, l], 2 for [CLS], 1 for the second text."""
+        """[b, l], 2 for [CLS], the tokenizer's `second_type` for the second text, 0 elsewhere."""
         return self.inputs["token_type_ids"]
 
     @property

@@ -1,7 +1,7 @@
 """Pretraining batches: documents cut into sequences, padded, and masked.
 
-Which sequences a batch has, how they are split into segments and which tokens are masked is a function of the seed and the
-step. All random numbers are drawn for the global batch, so that it is the same for any number of ranks.
+A batch's sequences, segments and masks depend on the seed and the step only. All random numbers are drawn for the global
+batch, so that it is the same for any number of ranks.
 
 Shapes: b sequences, l tokens of the padded batch, m slots for masked tokens, n sequences of a corpus, v tokens of the
 vocabulary.
@@ -47,14 +47,14 @@ class Sequences:
     def split(cls, corpus: Corpus, room: int) -> tuple["Sequences", "Sequences"]:
         """Cuts the documents of a corpus; returns sequences for training and held-out ones.
 
-        The held-out documents, 1 % and at most `MAX_HELD_OUT`, depend on the corpus only. If they have more sequences than
-        that, some are used in neither.
+        The held-out documents, 1 % and at most `MAX_HELD_OUT`, depend on the corpus only. Of their sequences, those beyond this
+        number are not used.
 
         Args:
             room: maximum length of a sequence.
 
         Raises:
-            FunnelError: there are less than two documents with tokens.
+            FunnelError: there are fewer than two documents with tokens.
         """
         documents = np.flatnonzero(corpus.lengths)
         if len(documents) < 2:
@@ -81,7 +81,7 @@ class Sequences:
         return int(self.lengths.max())
 
     def take(self, index: np.ndarray) -> "Sequences":
-        """Some of the sequences."""
+        """Selects sequences by index."""
         return Sequences(self.corpus, self.starts[index], self.lengths[index])
 
 
@@ -128,7 +128,7 @@ class SequenceFormat:
 
     @property
     def n_special(self) -> int:
-        """The largest number of special tokens of a row."""
+        """The maximum number of special tokens per row."""
         return 2 + self.tokenizer.separators * self.pairs
 
     @property
@@ -138,11 +138,11 @@ class SequenceFormat:
 
     @cached_property
     def masker(self) -> Masker | None:
-        """Masks tokens as in `masking`."""
+        """The masker for `masking`; None without masks."""
         return Masker(self.tokenizer, self.masking) if self.masking is not None else None
 
     def slots(self, width: int) -> int:
-        """Number of slots for masked tokens in a batch of a padded length."""
+        """The number of slots for masked tokens per row of a batch of a padded length."""
         return int(self.masking.counts(np.array(width - 2))) if self.masking is not None else 0
 
 
@@ -169,7 +169,8 @@ class PretrainBatches:
     def evaluation(self, batch_size: int = EVALUATION_BATCH_SIZE, *, shard: Shard = WHOLE) -> list[Batch]:
         """All sequences once, longest first, the same at every call.
 
-        The weights are those of the whole list: an objective's values, summed over the list, are means over all sequences.
+        The weights are normalized over the whole list: an objective's values, summed over its batches, are means over all
+        held-out (or masked) tokens.
         """
         order = np.argsort(-self.sequences.lengths, kind="stable")
         random = np.random.default_rng(EVALUATION_SEED)
@@ -292,7 +293,7 @@ class PretrainData:
 
 
 def mean_weights(counts: np.ndarray) -> np.ndarray:
-    """Weights with which a sum is the mean over some entries: 1 / their number, 0 elsewhere. float32
+    """Weights that turn a sum into the mean over some entries: 1 / their number there, 0 elsewhere. float32
 
     Args:
         counts: bool, the entries that count.

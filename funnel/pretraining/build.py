@@ -38,7 +38,7 @@ MODELS: dict[str, type[FunnelPreTrainedModel]] = {
 DECODER_LAYERS = 2  # of the released models
 HEAD_SIZE = 64  # of the released models
 DEFAULT_VOCAB = 30522  # BERT's size
-# BERT's. Word embeddings are output weights, too: with a deviation of 1, the first predictions are confident and wrong.
+# BERT's. Word embeddings are tied to the output layer; with a deviation of 1, the first predictions are confidently wrong.
 EMBEDDING_STD = 0.02
 BYTES_PER_WEIGHT = 16  # with gradient and AdamW's moments
 
@@ -80,18 +80,19 @@ class ModelArgs(WeightsArgs):
     def check_model(self) -> None:
         """Checks the combination of options."""
         if (self.objective == "distill") != (self.teacher is not None):
-            problem = "missing; distill needs a model to learn from" if self.teacher is None else "only distill has a teacher"
+            missing = "missing; the objective distill needs a model to learn from"
+            problem = missing if self.teacher is None else "only used by the objective distill"
             raise FunnelError(f"teacher: {problem}", "teacher")
         if self.source is not None:
             self.reject(("tokenizer", "vocab", "d_model", "n_head", "d_inner"), f"with the weights of {self.source}")
         else:
             self.reject(("init", "keep", "layout_plan", "escape_special_tokens"), "on a new model")
         if self.tokenizer is not None or self.teacher is not None:
-            self.reject(("vocab",), "with the tokenizer of another model")
+            self.reject(("vocab",), "with an existing tokenizer")
         if self.d_model is not None and self.d_model % 2:
             raise FunnelError(f"d_model {self.d_model}: expected an even number", "d_model")
         if self.objective != "distill":
-            self.reject(("states",), f"on {self.objective}")
+            self.reject(("states",), f"with the objective {self.objective}")
 
     def reject(self, names: tuple[str, ...], where: str) -> None:
         """Raises FunnelError if one of the options is set."""
@@ -108,7 +109,7 @@ class PretrainModel(NamedTuple):
         tokenizer: the tokenizer of the weights, or a new one.
         plan: the origin of every layer of the encoder.
         origin: one-line description of the initial weights.
-        folder: of the weights; None for a new model.
+        folder: of the weights; None for a new model or a resumed run.
     """
 
     model: FunnelPreTrainedModel
@@ -152,7 +153,7 @@ def _new_model(args: ModelArgs, train_tokenizer: Callable[[int], FunnelTokenizer
     else:
         tokenizer = train_tokenizer(args.vocab or DEFAULT_VOCAB)
     if "mask" not in tokenizer.ids and args.objective != "distill":
-        raise FunnelError(f"tokenizer {tokenizer.source}: it has no mask token, which {args.objective} needs", "tokenizer")
+        raise FunnelError(f"tokenizer {tokenizer.source}: no mask token, which {args.objective} needs", "tokenizer")
     d_model = args.d_model or FunnelConfig.d_model
     n_head = args.n_head or max(1, d_model // HEAD_SIZE)
     config = FunnelConfig(
@@ -182,7 +183,7 @@ def _new_model(args: ModelArgs, train_tokenizer: Callable[[int], FunnelTokenizer
 def principal_components(table: Tensor, width: int) -> Tensor:
     """The coordinates of the rows of a table along its first principal components. [n, d] -> [n, width]
 
-    With more columns than the table has, the others are 0.
+    Columns beyond the table's width are 0.
     """
     centered = table - table.mean(0)
     _, _, directions = torch.linalg.svd(centered, full_matrices=False)  # [d, d], by descending variance
@@ -225,10 +226,10 @@ def _from_weights(args: ModelArgs, opened: OpenedSource) -> PretrainModel:
 def build_objective(args: ModelArgs, built: PretrainModel, format: SequenceFormat) -> Objective:
     """Builds the objective around the model.
 
-    ELECTRA continues with the generator of the weights, if they have one for this layout, and otherwise starts with a new one.
+    ELECTRA continues with the generator of the weights, if its config fits, and otherwise starts with a new one.
 
     Raises:
-        FunnelError: sequences are longer than a position table; the teacher cannot be read, or encodes texts in another way.
+        FunnelError: sequences are longer than a position table; the teacher cannot be read, or tokenizes texts differently.
     """
     _check_length(built.model.config, format.max_length, "the model")
     if args.objective == "mlm":
@@ -240,13 +241,13 @@ def build_objective(args: ModelArgs, built: PretrainModel, format: SequenceForma
             if folder.is_dir() and load_config(folder) == electra.generator.config:
                 electra.load(built.folder)
             else:
-                print("note: the weights have no generator for this layout; a new one is trained")
+                print("note: the weights have no generator for this model; a new one is trained")
         return electra
     source = load_teacher(cast(str, args.teacher))
     tokenizer = source.require_tokenizer()
     _check_length(source.config, format.max_length, "the teacher")
     if format.pairs and tokenizer.separators != built.tokenizer.separators:
-        raise FunnelError("pairs: the teacher has another number of separators between the texts of a pair", "pairs")
+        raise FunnelError("pairs: the teacher uses a different number of separators between the texts of a pair", "pairs")
     ids = token_map(built.tokenizer, tokenizer)
     teacher = FunnelModel(source.config)
     load_weights(teacher, source.weights, str(args.teacher))

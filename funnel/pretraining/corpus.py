@@ -31,7 +31,7 @@ from funnel.io import cache_dir, read_json, sha256, write_cache_entry, write_jso
 CORPUS_VERSION = 1
 CHUNK_DOCUMENTS = 1024  # per call of the tokenizer, which encodes them in parallel
 CHUNK_CHARACTERS = 2**20
-MAX_CHARACTERS = 2**18  # of a document of plain text; a longer one is split between lines, to bound memory
+MAX_CHARACTERS = 2**18  # plain-text documents longer than this are split between lines, to bound memory
 SHARD_TOKENS = 2**27  # per file; a shard ends with a document
 MAX_UNKNOWN_SHARE = 0.01
 COMPRESSED = (".gz", ".xz")
@@ -47,7 +47,7 @@ class Corpus:
         shards: the token ids of consecutive documents, each array one-dimensional and memory-mapped; uint16, or uint32 for
             vocabularies of more than 65,536 tokens.
         lengths: [documents], int32, number of tokens of each document.
-        digest: checksum of the files' contents.
+        digest: checksum of the files' contents and of how they are read.
         n_unknown: number of unknown tokens.
     """
 
@@ -129,7 +129,7 @@ def prepare_corpus(files: Sequence[Path], tokenizer: FunnelTokenizer, text_colum
         if not is_cached:
             weakref.finalize(corpus, shutil.rmtree, folder, ignore_errors=True)
     if corpus.unknown_share > MAX_UNKNOWN_SHARE:
-        message = f"{corpus.unknown_share:.1%} of the corpus' tokens are unknown; use a tokenizer that was made for such texts"
+        message = f"{corpus.unknown_share:.1%} of the corpus' tokens are unknown; use a tokenizer trained on similar text"
         warnings.warn(message, stacklevel=2)
     return corpus
 

@@ -1,6 +1,6 @@
 """Distillation: a student of any layout learns to reproduce the hidden states of a teacher.
 
-Three choices of the states that are compared, each with the position of [CLS] as a term of its own:
+Three options for which states to compare; [CLS] is always a separate term of the loss:
 
     decoder   the decoder's states with the teacher's last states, at full length
     pooled    the last block's states with the teacher's last states, pooled as often as the student pools: what a classifier
@@ -105,13 +105,13 @@ class FrozenTeacher(nn.Module):
 class Distillation(Objective):
     """Makes a student reproduce a teacher's states.
 
-    The teacher is not a submodule: it has no part in parameters, state dicts and checkpoints, but moves with the objective
-    to a device. With other states than "decoder", the student's decoder is frozen.
+    The teacher is not a submodule: it is excluded from parameters, state dicts and checkpoints, but follows the objective to a
+    device. Unless the states are those of the decoder, the student's decoder is frozen.
 
     Args:
         student: encoder and decoder, in any layout.
-        teacher: any model; evaluated under the same autocast. Its states are projected to the student's width by a learned
-            linear layer where widths differ.
+        teacher: any model; evaluated under the same autocast. If the widths differ, a learned linear layer projects the
+            student's states to the teacher's width.
         token_map: from `funnel.data.token_map.token_map`, if the tokenizers differ.
         terms: of the loss.
 
@@ -147,7 +147,7 @@ class Distillation(Objective):
         return {"teacher_digest": weights_digest(self.teacher.model)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distillation":
-        """Implements `to` and the like, for the teacher, too."""
+        """Applies `to` and the like to the teacher as well."""
         self.teacher._apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
@@ -238,10 +238,10 @@ def hidden_states(model: FunnelPreTrainedModel, inputs: tuple[Tensor, Tensor, Te
 
 
 def find_matches(student: FunnelConfig, teacher: FunnelPreTrainedModel, states: str) -> list[Match]:
-    """Which states are compared.
+    """Pairs the student's states with the teacher's.
 
     Raises:
-        FunnelError: the teacher has no states at the resolution of the student's.
+        FunnelError: the teacher has no states at the resolution of the student's, or pools differently.
     """
     config = teacher.config
     n_blocks, n_teacher_blocks = len(student.blocks), len(config.blocks)
@@ -254,7 +254,9 @@ def find_matches(student: FunnelConfig, teacher: FunnelPreTrainedModel, states: 
     if n_teacher_blocks > 1:
         for name in ("separate_cls", "truncate_seq"):
             if getattr(student, name) != getattr(config, name):
-                raise FunnelError(f"states {states!r}: the teacher pools with another {name}; choose decoder", "states")
+                raise FunnelError(
+                    f"states {states!r}: the teacher's {name} differs from the student's; choose decoder", "states"
+                )
     if states == "pooled":
         matches = [Match(-1, -1, n_blocks - 1, n_teacher_blocks - 1)]
     else:

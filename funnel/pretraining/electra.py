@@ -1,6 +1,6 @@
 """ELECTRA (arXiv 2003.10555): a small generator replaces tokens, and the model, the discriminator, detects which ones.
 
-Facts about the published code, github.com/google-research/electra and tensorflow/pretrain.py in
+How the published implementations work, github.com/google-research/electra and tensorflow/pretrain.py in
 github.com/laiguokun/Funnel-Transformer: both share the whole embedding layer up to the projection, compute the generator's
 logits at masked positions only, sample with Gumbel noise from all tokens, special ones included, count a correct sample as
 original, and weight the discriminator's loss by 50, over all real tokens including [CLS] and [SEP]. The Funnel authors'
@@ -23,7 +23,7 @@ from funnel.pretraining.mlm import masked_lm_loss
 from funnel.pretraining.objective import Objective
 
 GENERATOR = "generator"  # its folder in a checkpoint folder
-GENERATOR_SHARE = 4  # the discriminator's width divided by the generator's
+WIDTH_RATIO = 4  # the discriminator's width divided by the generator's
 DISCRIMINATOR_WEIGHT = 50.0  # of its loss relative to the generator's (paper, appendix A)
 
 
@@ -31,7 +31,7 @@ class Electra(Objective):
     """Trains the model to detect tokens that a generator has replaced, and the generator as a masked language model.
 
     The loss is the generator's plus 50 times the discriminator's. The generator shares the discriminator's embeddings, which
-    get gradients from both; sampling has none.
+    get gradients from both; no gradient flows through sampling.
 
     Args:
         model: the discriminator.
@@ -70,7 +70,7 @@ class Electra(Objective):
         generator_loss, generator_accuracy = masked_lm_loss(logits, labels, position_weights)
 
         replaced_ids = replace(input_ids, positions, sample(logits, uniforms), position_weights > 0)
-        is_replaced = replaced_ids != input_ids  # not where the generator has guessed the original token
+        is_replaced = replaced_ids != input_ids  # false where the generator sampled the original token
         logits = self.model(replaced_ids, attention_mask, token_type_ids).float()  # [b, l]
         losses = F.binary_cross_entropy_with_logits(logits, is_replaced.float(), reduction="none")
         discriminator_loss = (losses * token_weights).sum()
@@ -113,11 +113,11 @@ def generator_config(config: FunnelConfig) -> FunnelConfig:
     (Both published codes take a quarter of the width; ELECTRA a third for its base model.)
     """
     width = config.embedding_size or config.d_model
-    d_model = max(2, config.d_model // (2 * GENERATOR_SHARE) * 2)  # even
+    d_model = max(2, config.d_model // (2 * WIDTH_RATIO) * 2)  # even
     return config.replace(
         d_model=d_model,
-        d_inner=max(1, config.d_inner // GENERATOR_SHARE),
-        n_head=max(1, config.n_head // GENERATOR_SHARE),
+        d_inner=max(1, config.d_inner // WIDTH_RATIO),
+        n_head=max(1, config.n_head // WIDTH_RATIO),
         embedding_size=None if width == d_model else width,
         lm_head_transform=True,
     )
@@ -144,7 +144,6 @@ def replace(input_ids: Tensor, positions: Tensor, tokens: Tensor, is_used: Tenso
 
     Args:
         positions, tokens: [b, m], where, and the new tokens.
-        is_used: [b, m]; where false, the token at that position is kept, so that all padding, which points at [CLS], writes the
-            same token there.
+        is_used: [b, m]; where false, the token at that position is kept, since unused slots point at [CLS].
     """
     return input_ids.scatter(1, positions, torch.where(is_used, tokens, input_ids.gather(1, positions)))

@@ -47,7 +47,7 @@ class Masking:
             raise FunnelError(message, "mask_token")
 
     def counts(self, candidates: np.ndarray) -> np.ndarray:
-        """The number of masked tokens of rows with some numbers of candidates."""
+        """How many tokens to mask in rows with the given numbers of candidates."""
         return np.minimum(candidates, np.maximum(1, np.floor(self.share * candidates + 0.5).astype(np.int64)))
 
 
@@ -107,7 +107,7 @@ class Masker:
 
     def __init__(self, tokenizer: FunnelTokenizer, masking: Masking) -> None:
         if "mask" not in tokenizer.ids:
-            raise FunnelError(f"{tokenizer.source}: no mask token; name its mask_token in tokenizer_config.json")
+            raise FunnelError(f"{tokenizer.source}: no mask token; set mask_token in tokenizer_config.json")
         self.masking, self.mask_id = masking, tokenizer.ids["mask"]
         vocabulary = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
         added = tokenizer.tokenizer.get_added_tokens_decoder().items()
@@ -117,7 +117,7 @@ class Masker:
         self.continues_word = continues_word(tokenizer) if masking.whole_words else None
 
     def __call__(self, ids: np.ndarray, slots: int, random: np.random.Generator) -> MaskedTokens:
-        """Masks `masking.count(number of candidates)` tokens of each row, `slots` at most.
+        """Masks `masking.counts(number of candidates)` tokens of each row, `slots` at most.
 
         Args:
             ids: [b, l].

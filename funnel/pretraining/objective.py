@@ -1,4 +1,4 @@
-"""What a pretraining objective is."""
+"""The interface of pretraining objectives."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +17,9 @@ class Objective(nn.Module):
     `objective(**batch.inputs, labels=batch.labels)`:
 
         input_ids, attention_mask, token_type_ids: [b, l], as for a model; the texts without any masks.
-        token_weights: [b, l], float32: 1 / (number of real tokens of the global batch) times the number of ranks at all real
-            tokens, including [CLS] and [SEP]; 0 at padding. So a weighted sum over tokens is a mean over the global batch, and
-            sums of micro-batches and means over ranks need no further weights.
+        token_weights: [b, l], float32: number of ranks / number of real tokens of the global batch, at all real tokens,
+            including [CLS] and [SEP]; 0 at padding. A weighted sum over tokens, added over micro-batches and averaged over
+            ranks, is therefore the mean over the global batch.
         masked_ids: [b, l], the texts with masks; this and the following only for objectives with masks.
         positions: [b, m], where the m masked tokens of each row are; rows with fewer are padded with 0.
         position_weights: [b, m], like `token_weights`, for the masked tokens of the global batch; 0 at padding.
@@ -27,7 +27,7 @@ class Objective(nn.Module):
         labels: [b, m], the original tokens at `positions`; without masks, [b, 0].
 
     Returns:
-        Values by name, `names`, as one tensor [k] in float32; the first one is the loss. Each is a weighted sum.
+        A float32 tensor [k] with one weighted sum per entry of `names`, the loss first.
     """
 
     names: tuple[str, ...]
@@ -65,7 +65,7 @@ class Objective(nn.Module):
         return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
     def own_weights(self, weights: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
-        """The weights of a submodule, of those that `save` gets."""
+        """Selects a submodule's weights from the state dict passed to `save`, and strips the prefix."""
         return {name.removeprefix(f"{module}."): tensor for name, tensor in weights.items() if name.startswith(f"{module}.")}
 
 

@@ -13,7 +13,7 @@ class RunArgs:
     """Options for how to train, where, and what to save.
 
     Raises:
-        FunnelError: from `check_run`: options that exclude each other.
+        FunnelError: from `check_run`: incompatible or missing options.
     """
 
     weight_decay: float = option(0.01, "AdamW weight decay of weight matrices", bounds="[0, inf)")
@@ -26,7 +26,9 @@ class RunArgs:
     no_cuda_graphs: bool = option(False, "on a single GPU: launch every kernel separately, without CUDA graphs")
     fsdp: bool = option(False, "with torchrun: shard weights and optimizer state across processes (FSDP2)")
     out: Path | None = option(None, "run folder (default: a new one in runs/, named after the settings)")
-    resume: bool = option(False, "continue the run in the out folder, with its arguments; it may be made longer")
+    resume: bool = option(
+        False, "resume the run in the out folder, with its arguments; the number of epochs or steps may be increased"
+    )
     log_every: int = option(20, "steps between log lines", metavar="N", bounds="[1, inf)")
     eval_every: int | None = option(
         None, "steps between evaluations (default: a quarter epoch; in pretraining, a twentieth of the run)", bounds="[1, inf)"
@@ -37,8 +39,8 @@ class RunArgs:
     debug: bool = option(False, "show the full traceback of errors")
 
     def check_run(self) -> None:
-        """Checks for options that exclude each other."""
+        """Checks for incompatible or missing options."""
         if self.resume and self.out is None:
-            raise FunnelError("out: missing; to resume a run, name its folder", "out")
+            raise FunnelError("out: missing; to resume a run, give its folder", "out")
         if self.fsdp and self.dtype == "fp16":
-            raise FunnelError("fsdp: choose the dtype bf16 or fp32, not fp16", "fsdp")
+            raise FunnelError("fsdp: does not support fp16; choose the dtype bf16 or fp32", "fsdp")

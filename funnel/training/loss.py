@@ -13,8 +13,9 @@ def loss_function(logits: Tensor, labels: Tensor, label_std: float = 1.0) -> Ten
     """Mean cross-entropy for label ids, mean squared error for float labels. logits [b, n_outputs], labels [b].
 
     Args:
-        label_std: unit of the squared errors. Training uses the labels' standard deviation (`FunnelConfig.label_std`), so
-            that gradients do not depend on the labels' scale; with 1, the loss is in the labels' own units.
+        label_std: unit of the errors, which are divided by it before squaring. Training uses the labels' standard deviation
+            (`FunnelConfig.label_std`), so that gradients do not depend on the labels' scale; with 1, the loss is in the labels'
+            own units.
     """
     if labels.is_floating_point():
         return ((logits.float().squeeze(1) - labels) / label_std).square().mean()
@@ -41,8 +42,8 @@ class TaskLoss:
         return {}
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.of_logits(model(**batch.inputs), batch.labels)
+        return self.from_logits(model(**batch.inputs), batch.labels)
 
-    def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def from_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of logits, [b, n_outputs]."""
         return loss_function(logits, labels, self.label_std)

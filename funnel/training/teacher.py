@@ -1,4 +1,4 @@
-"""Task distillation: a classifier learns from the outputs of a trained classifier, its teacher, besides the labels.
+"""Task distillation: a classifier learns from the outputs of a trained classifier, its teacher, in addition to the labels.
 
 The loss is (1 - a) * task loss + a * teacher loss, with the teacher's weight a. The teacher loss is
 
@@ -6,7 +6,7 @@ The loss is (1 - a) * task loss + a * teacher loss, with the teacher's weight a.
     scores:  the squared difference of both scores, in units of the labels' standard deviation
 
 plus, where the models have the same width, a tenth of the squared distance between the [CLS] states that the classifiers read,
-each of length 1 (PKD, arXiv 1908.09355, equation 7; TinyBERT, arXiv 1909.10351, also trains on hidden states).
+normalized to length 1 (PKD, arXiv 1908.09355, equation 7; TinyBERT, arXiv 1909.10351, also trains on hidden states).
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ DEFAULT_TEACHER_WEIGHT = 0.5
 class TeacherArgs:
     """Options for task distillation."""
 
-    teacher: Path | None = option(None, "run or checkpoint folder of a classifier to learn from, besides the labels")
+    teacher: Path | None = option(None, "run or checkpoint folder of a classifier to learn from, in addition to the labels")
     teacher_weight: float = option(
         DEFAULT_TEACHER_WEIGHT, "weight of the teacher's outputs in the loss; that of the labels is 1 - X", bounds="[0, 1]"
     )
@@ -46,7 +46,9 @@ class TeacherArgs:
     def check_teacher(self) -> None:
         """Raises FunnelError if there is a weight, but no teacher."""
         if self.teacher is None and self.teacher_weight != DEFAULT_TEACHER_WEIGHT:
-            raise FunnelError("teacher_weight has no effect without a teacher; choose one, or omit it", "teacher_weight")
+            raise FunnelError(
+                "teacher_weight has no effect without a teacher; set one, or omit teacher_weight", "teacher_weight"
+            )
 
 
 class Teacher(nn.Module):
@@ -162,7 +164,7 @@ class DistillationLoss:
         teacher_loss = teacher_loss_function(logits, expected, self.task_loss.label_std if self.is_regression else None)
         if cls.shape == teacher_cls.shape:
             teacher_loss = teacher_loss + CLS_WEIGHT * cls_distance(cls, teacher_cls)
-        return (1 - self.weight) * self.task_loss.of_logits(logits, batch.labels) + self.weight * teacher_loss
+        return (1 - self.weight) * self.task_loss.from_logits(logits, batch.labels) + self.weight * teacher_loss
 
     @property
     def is_regression(self) -> bool:
@@ -190,7 +192,7 @@ def cls_distance(cls: Tensor, teacher: Tensor) -> Tensor:
 def training_loss(
     args: TeacherArgs, model: FunnelForSequenceClassification, tokenizer: FunnelTokenizer, device: torch.device
 ) -> TaskLoss | DistillationLoss:
-    """The loss of training, with a teacher if there is one.
+    """Builds the training loss, with a teacher if there is one.
 
     Args:
         device: that of the training.

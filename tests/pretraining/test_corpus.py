@@ -115,7 +115,7 @@ def test_large_vocabularies_take_four_bytes_per_token(tmp_path):
 def test_corpus_of_mostly_unknown_tokens_gives_a_warning(tokenizer, tmp_path):
     path = write(tmp_path / "a.txt", "a good film 漢字\n")
     for _ in range(2):  # also from the cache
-        with pytest.warns(UserWarning, match="40.0% of the corpus' tokens are unknown; use a tokenizer that"):
+        with pytest.warns(UserWarning, match="40.0% of the corpus' tokens are unknown; use a tokenizer trained"):
             assert prepare_corpus([path], tokenizer).unknown_share == 2 / 5
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -326,7 +326,7 @@ def test_unknown_terms_are_an_error(terms, message):
         (FunnelModel(tiny_config(blocks="1,1", num_decoder_layers=0)), "decoder", "pools and has no decoder"),
         (FunnelBaseModel(tiny_config(blocks="1,1,1,1")), "pooled", r"\(blocks 1,1,1,1\) pools earlier than the student"),
         (FunnelBaseModel(tiny_config(blocks="1,1,4")), "blocks", "pools earlier than the student"),
-        (FunnelBaseModel(tiny_config(blocks="1,1", truncate_seq=False)), "pooled", "another truncate_seq"),
+        (FunnelBaseModel(tiny_config(blocks="1,1", truncate_seq=False)), "pooled", "truncate_seq differs"),
     ],
 )
 def test_a_teacher_without_the_states_is_an_error(teacher, states, message):
