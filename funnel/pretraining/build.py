@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from funnel.data.token_map import is_identity, token_map
+from funnel.data.token_map import token_map
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError, plural
 from funnel.io import existing_folder
@@ -199,10 +199,7 @@ def _from_weights(args: ModelArgs, opened: OpenedSource) -> PretrainModel:
         decoder_layers = DECODER_LAYERS if is_new else config.num_decoder_layers
     config = surgery.relabel(config, {0: "LABEL_0", 1: "LABEL_1"}, "single_label_classification")
     config = config.replace(num_decoder_layers=decoder_layers)
-    if args.layout_plan is not None:
-        plan = surgery.read_plan(args.layout_plan, opened.config, config)
-    else:
-        plan = surgery.make_plan(opened.config, config, args.init, args.keep)
+    plan = args.plan_layers(opened.config, config)
     check_memory(config, BYTES_PER_WEIGHT)
     source = opened.load()
     tokenizer = source.require_tokenizer()
@@ -252,7 +249,7 @@ def build_objective(args: ModelArgs, built: PretrainModel, format: SequenceForma
     teacher = FunnelModel(source.config)
     load_weights(teacher, source.weights, str(args.teacher))
     terms = DistillTerms(states=args.states)
-    return Distillation(cast(FunnelModel, built.model), teacher, None if is_identity(ids) else ids, terms)
+    return Distillation(cast(FunnelModel, built.model), teacher, ids, terms)
 
 
 def load_teacher(name: str) -> Source:

@@ -108,8 +108,6 @@ def prepare_corpus(files: Sequence[Path], tokenizer: FunnelTokenizer, text_colum
     job = _Job(tuple(map(Path, files)), tokenizer, text_column)
     for path in job.files:
         check_corpus_file(path)
-    if len({sha256(path) for path in job.files}) < len(job.files):
-        raise FunnelError("corpus: two files have the same content; name each file once", "corpus")
     before = job.file_states()
     digest = corpus_digest(job.files, text_column)
     folder = cache_dir() / "corpus" / job.cache_key(digest)
@@ -174,10 +172,10 @@ def train_tokenizer(files: Sequence[Path], text_column: str, vocab_size: int) ->
     with contextlib.suppress(FunnelError, OSError):  # missing or damaged
         return FunnelTokenizer.load(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    texts = itertools.chain.from_iterable(read_documents(path, text_column) for path in files)
+    texts = read_corpus(files, text_column)
     first = next(texts, None)
     if first is None:
-        raise FunnelError(f"corpus {format_list(map(str, files), 3)}: no text; {EXPECTED}", "corpus")
+        raise no_text(files)
     tokenizer = FunnelTokenizer.train_wordpiece(itertools.chain([first], texts), vocab_size)
     folder, is_cached = write_cache_entry(folder, tokenizer.save)
     if not is_cached:
@@ -186,9 +184,28 @@ def train_tokenizer(files: Sequence[Path], text_column: str, vocab_size: int) ->
 
 
 def corpus_digest(files: Sequence[Path], text_column: str) -> str:
-    """A checksum of the files' contents and of how they are read."""
-    parts = [(_is_jsonl(path) and text_column, path.suffix.lower() in COMPRESSED, sha256(path)) for path in files]
+    """A checksum of the files' contents and of how they are read.
+
+    Raises:
+        FunnelError: a file cannot be read, or two files have the same content.
+    """
+    checksums = [sha256(path) for path in files]
+    if len(set(checksums)) < len(checksums):
+        raise FunnelError("corpus: two files have the same content; name each file once", "corpus")
+    formats = [(_is_jsonl(path) and text_column, path.suffix.lower() in COMPRESSED) for path in files]
+    parts = [(*how, checksum) for how, checksum in zip(formats, checksums, strict=True)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def read_corpus(files: Sequence[Path], text_column: str) -> Iterator[str]:
+    """Yields the documents of all files; see `read_documents`."""
+    for path in files:
+        yield from read_documents(path, text_column)
+
+
+def no_text(files: Sequence[Path]) -> FunnelError:
+    """The error for files without any text."""
+    return FunnelError(f"corpus {format_list(map(str, files), 3)}: no text; {EXPECTED}", "corpus")
 
 
 def _read_jsonl(path: Path, text_column: str) -> Iterator[str]:
@@ -250,11 +267,6 @@ class _Job:
         key = [CORPUS_VERSION, digest, self.tokenizer.tokenizer.to_str()]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
-    def documents(self) -> Iterator[str]:
-        """Yields the documents of all files."""
-        for path in self.files:
-            yield from read_documents(path, self.text_column)
-
     def write(self, folder: Path) -> None:
         """Encodes the documents chunk by chunk into the files of a folder."""
         dtype = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32
@@ -262,7 +274,7 @@ class _Job:
         n_unknown, shards = 0, _ShardWriter(folder)
         progress = tqdm(desc="tokenizing", unit="document", unit_scale=True, disable=None, dynamic_ncols=True, delay=1)
         with (folder / "lengths.bin").open("wb") as lengths_file, shards, progress:
-            for texts in _chunks(self.documents()):
+            for texts in _chunks(read_corpus(self.files, self.text_column)):
                 documents = [np.array(ids, dtype) for ids in self.tokenizer.encode_plain(texts)]
                 lengths_file.write(np.array([len(ids) for ids in documents], np.int32).tobytes())
                 n_unknown += sum(int(np.count_nonzero(ids == unknown)) for ids in documents)
@@ -270,8 +282,7 @@ class _Job:
                     shards.write(ids)
                 progress.update(len(documents))
         if sum(shards.sizes) == 0:
-            names = format_list(map(str, self.files), 3)
-            raise FunnelError(f"corpus {names}: no text; {EXPECTED}", "corpus")
+            raise no_text(self.files)
         about = {"dtype": np.dtype(dtype).name, "shards": shards.sizes, "n_unknown": n_unknown}
         write_json(folder / "about.json", about)
 

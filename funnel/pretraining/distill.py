@@ -29,6 +29,7 @@ from funnel.model.checkpoint import check_names, check_shape, read_weight_file, 
 from funnel.model.config import FunnelConfig
 from funnel.model.heads import FunnelModel, FunnelPreTrainedModel
 from funnel.pretraining.objective import Objective
+from funnel.training.teacher import FrozenModel
 
 STATES = ("decoder", "pooled", "blocks")
 DISTANCES = ("cosine", "mse")
@@ -80,26 +81,13 @@ class Match(NamedTuple):
     teacher_block: int
 
 
-class FrozenTeacher(nn.Module):
-    """Computes the teacher's states, in evaluation mode and without gradients.
-
-    Args:
-        token_map: the teacher's id of each of the student's tokens, [V_student]; None if they are the same.
-    """
-
-    token_map: Tensor | None
-
-    def __init__(self, model: FunnelPreTrainedModel, token_map: Tensor | None) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("token_map", token_map)
-        self.eval().requires_grad_(False)
+class FrozenTeacher(FrozenModel):
+    """Computes the teacher's states."""
 
     @torch.no_grad()
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor], with_decoder: bool) -> list[Tensor]:
         input_ids, mask, token_type_ids = inputs
-        ids = input_ids if self.token_map is None else self.token_map[input_ids]
-        return hidden_states(self.model, (ids, mask, token_type_ids), with_decoder)
+        return hidden_states(self.model, (self.map_ids(input_ids), mask, token_type_ids), with_decoder)
 
 
 class Distillation(Objective):

@@ -24,7 +24,7 @@ from funnel.errors import FunnelError, format_list
 from funnel.io import existing_folder
 from funnel.model.checkpoint import best_checkpoint, load_checkpoint, load_weights, weights_digest
 from funnel.model.config import FunnelConfig
-from funnel.model.heads import FunnelForSequenceClassification
+from funnel.model.heads import FunnelForSequenceClassification, FunnelPreTrainedModel
 from funnel.options import option
 from funnel.training.loss import TaskLoss
 
@@ -51,21 +51,28 @@ class TeacherArgs:
             )
 
 
-class Teacher(nn.Module):
-    """A trained classifier, in evaluation mode and without gradients.
+class FrozenModel(nn.Module):
+    """A model in evaluation mode and without gradients, for inputs with the token ids of another model.
 
     Args:
-        model: with the student's labels, in the same order.
-        token_map: the teacher's id of each of the student's tokens, [V_student]; None if they are the same.
+        token_map: the model's id of each of the other's tokens, [V]; None if they are the same.
     """
 
     token_map: Tensor | None
 
-    def __init__(self, model: FunnelForSequenceClassification, token_map: Tensor | None = None) -> None:
+    def __init__(self, model: FunnelPreTrainedModel, token_map: Tensor | None = None) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("token_map", token_map)
+        self.register_buffer("token_map", None if token_map is None or is_identity(token_map) else token_map)
         self.eval().requires_grad_(False)
+
+    def map_ids(self, input_ids: Tensor) -> Tensor:
+        """The model's ids of the same tokens."""
+        return input_ids if self.token_map is None else self.token_map[input_ids]
+
+
+class Teacher(FrozenModel):
+    """A trained classifier with the student's labels, in the same order."""
 
     @classmethod
     def load(cls, folder: Path, config: FunnelConfig, tokenizer: FunnelTokenizer) -> "Teacher":
@@ -98,12 +105,12 @@ class Teacher(nn.Module):
         model = FunnelForSequenceClassification(checkpoint.config)
         load_weights(model, checkpoint.weights, str(path))
         _permute_labels(model, config)
-        return cls(model, None if is_identity(ids) else ids)
+        return cls(model, ids)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [b, n_outputs] and [CLS] states [b, d]."""
-        ids = input_ids if self.token_map is None else self.token_map[input_ids]
+        ids = self.map_ids(input_ids)
         return cast(tuple[Tensor, Tensor], self.model(ids, attention_mask, token_type_ids, output_cls=True))
 
 

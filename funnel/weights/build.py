@@ -67,6 +67,16 @@ class WeightsArgs:
                         f"{name} has no effect with a layout plan, which covers every layer; use only one of them", name
                     )
 
+    def plan_layers(self, old: FunnelConfig, new: FunnelConfig) -> list[LayerPlan]:
+        """The origin of every layer of the new layout: from the plan file, if there is one, otherwise from `init` and `keep`.
+
+        Raises:
+            FunnelError: as `surgery.read_plan` and `surgery.make_plan`.
+        """
+        if self.layout_plan is not None:
+            return surgery.read_plan(self.layout_plan, old, new)
+        return surgery.make_plan(old, new, self.init, self.keep)
+
 
 class BuiltModel(NamedTuple):
     """A classifier that is ready for training.
@@ -167,10 +177,7 @@ def build_classifier(args: WeightsArgs, task: Task, max_length: int | None = Non
             f"expected at most {config.max_positions}",
             "max_length",
         )
-    if args.layout_plan is not None:
-        plan = surgery.read_plan(args.layout_plan, opened.config, config)
-    else:
-        plan = surgery.make_plan(opened.config, config, args.init, args.keep)
+    plan = args.plan_layers(opened.config, config)
     check_memory(config, bytes_per_weight)
 
     source = opened.load()

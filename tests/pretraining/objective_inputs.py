@@ -5,6 +5,7 @@ from conftest import padded_batch
 from torch import Tensor, nn
 
 MASK = 4
+LENGTHS, MASKED = [13, 7, 9, 4], [3, 1, 2, 0]  # tokens and masked tokens of each text
 
 
 def make_inputs(lengths: list[int], masked: list[int], seed: int = 0) -> dict[str, Tensor]:

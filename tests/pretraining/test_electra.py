@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ABSOLUTE, BOTH, BUCKETS, POSITIONS, ROOT, tiny_config
-from objective_inputs import gradients, make_inputs, randomize
+from objective_inputs import LENGTHS, MASKED, gradients, make_inputs, randomize
 from scipy import stats
 from scipy.special import expit, log_softmax, softmax
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,8 +21,6 @@ from funnel.pretraining import electra
 from funnel.pretraining.electra import Electra, generator_config, replace, sample
 from funnel.training.distributed import Distributed
 from funnel.training.optim import build_adamw, param_groups
-
-LENGTHS, MASKED = [13, 7, 9, 4], [3, 1, 2, 0]
 
 
 def make_objective(**changes) -> Electra:

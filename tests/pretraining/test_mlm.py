@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import POSITIONS, tiny_config
-from objective_inputs import gradients, make_inputs, randomize
+from objective_inputs import LENGTHS, MASKED, gradients, make_inputs, randomize
 from scipy.special import log_softmax
 
 from funnel.model.heads import FunnelForMaskedLM
 from funnel.pretraining.mlm import MaskedLanguageModel
-
-LENGTHS, MASKED = [13, 7, 9, 4], [3, 1, 2, 0]
 
 
 def make_objective(**changes) -> MaskedLanguageModel:
