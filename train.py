@@ -1,6 +1,6 @@
 """Fine-tunes a Funnel-Transformer for text classification or regression, in any layout of blocks and layers.
 
-    python train.py --blocks 2,2,2,2,2,2,2                     # the built-in demo task, no downloads
+    python train.py --blocks 2,2,2,2,2,2,2                     # movie reviews and weights in the package: no downloads
     python train.py --task sst2 --weights funnel-transformer/small --blocks 2,2,2,2,2,2,2
     python train.py --data reviews.csv --text-column review --label-column stars --weights DIR
     torchrun --nproc-per-node 8 train.py ...                   # several GPUs or machines
@@ -20,7 +20,7 @@ from funnel.data.batches import Batch
 from funnel.data.dataset import Dataset, encode_examples
 from funnel.data.device_batches import TrainingBatches
 from funnel.data.tasks import DEFAULT_DEV_SHARE, Task, TaskArgs, load_task
-from funnel.options import RANDOM, option
+from funnel.options import TINY, option
 from funnel.training.args import RunArgs
 from funnel.training.cuda_graphs import step_runner
 from funnel.training.device import choose_dtype, keep_freed_memory, peak_memory, seed_step, set_seed
@@ -33,7 +33,7 @@ from funnel.training.run_dir import RunDir, describe_data
 from funnel.training.signals import GracefulStop
 from funnel.training.state import TrainComponents
 from funnel.training.teacher import TeacherArgs, training_loss
-from funnel.weights.build import RANDOM_LEARNING_RATE, BuiltModel, WeightsArgs, build_classifier
+from funnel.weights.build import LEARNING_RATES, BuiltModel, WeightsArgs, build_classifier
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TrainArgs(RunArgs, TeacherArgs, WeightsArgs, TaskArgs):
     and others (training/args.py). `load` fills in the task's defaults (funnel/data/tasks.py)."""
 
     epochs: float = option(None, "training epochs, may be fractional (default: the task's)", bounds="(0, 1e6]")
-    lr: float = option(None, "peak learning rate (default: the task's; for random weights 5e-4)", bounds="(0, 1e3]")
+    lr: float = option(None, "peak learning rate (default: the task's; for tiny and random weights 5e-4)", bounds="(0, 1e3]")
     batch_size: int = option(None, "examples per step, across all processes (default: the task's)", bounds="[1, inf)")
     max_length: int = option(None, "truncate texts to this many tokens (default: the task's)", bounds="[1, inf)")
     warmup: float = option(0.1, "fraction of all steps used for learning-rate warmup", bounds="[0, 1)")
@@ -59,8 +59,8 @@ class TrainArgs(RunArgs, TeacherArgs, WeightsArgs, TaskArgs):
 def load(args: TrainArgs, dist: Distributed, run: RunDir) -> tuple[TrainArgs, Task, BuiltModel, Dataset, dict[str, Dataset]]:
     """Loads data and model (on the CPU, from the checkpoint of a resumed run); fills in the task's defaults in `args`."""
     task = load_task(args)
-    weights = args.weights or (RANDOM if task.name == "demo" else "funnel-transformer/small")
-    args = replace(args, weights=weights, lr=args.lr or (RANDOM_LEARNING_RATE if weights == RANDOM else task.learning_rate))
+    weights = args.weights or (TINY if task.name == "demo" else "funnel-transformer/small")
+    args = replace(args, weights=weights, lr=args.lr or LEARNING_RATES.get(weights, task.learning_rate))
     args = replace(args, epochs=args.epochs or task.epochs, batch_size=args.batch_size or task.batch_size)
     set_seed(args.seed)  # for randomly initialized weights
     keep_freed_memory()

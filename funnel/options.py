@@ -9,6 +9,7 @@ from typing import Any
 from funnel.errors import FunnelError
 
 RANDOM = "none"  # the value of `weights` for random weights
+TINY = "tiny"  # the value of `weights` for the small pretrained model in the package
 
 
 def option(

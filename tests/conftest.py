@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from funnel.data.files import InMemoryExamples
 from funnel.model.config import FunnelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +59,24 @@ def padded_batch(lengths: list[int], width: int | None = None, seed: int = 0) ->
         types[row, length // 2 : length] = 1
     types[:, 0] = 2
     return ids * mask, mask, types
+
+
+def review_sentences(count: int) -> InMemoryExamples:
+    """The first training sentences of the demo task, half of them positive."""
+    from funnel.data import demo
+
+    train, _ = demo.examples()
+    return InMemoryExamples(train.texts[:count], None, train.labels[:count])
+
+
+@pytest.fixture
+def tiny_weights() -> Path:
+    """The folder of the pretrained weights in the package; skips the test if they are not in this checkout."""
+    from funnel.weights.load import TINY_FOLDER
+
+    if not (TINY_FOLDER / "model.safetensors").is_file():
+        pytest.skip("funnel/tiny has no weights")
+    return TINY_FOLDER
 
 
 def run_command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 import funnel
+from funnel.data import demo
 
 
 def test_every_public_name_exists():
@@ -56,11 +58,21 @@ def test_the_distributions_pass_twine_check(distributions):
 
 
 @pytest.mark.slow
+def test_wheel_and_sdist_contain_the_pretrained_weights(distributions, tiny_weights):
+    (wheel,), (sdist,) = distributions.glob("*.whl"), distributions.glob("*.tar.gz")
+    files = {f"funnel/tiny/{path.name}" for path in tiny_weights.iterdir()}
+    assert files <= set(zipfile.ZipFile(wheel).namelist())
+    with tarfile.open(sdist) as archive:
+        assert files <= {name.partition("/")[2] for name in archive.getnames()}
+
+
+@pytest.mark.slow
 def test_the_wheel_works_outside_the_checkout(distributions, tmp_path):
     """Installed without its dependencies, which come from the environment of the tests."""
     (wheel,) = distributions.glob("funnel_transformer-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"funnel/py.typed", "funnel/analysis/report.html", "funnel/cli/main.py"} <= set(names)
+    assert {f"funnel/data/movie_reviews/{name}" for name in ("LICENSE.txt", "README.txt", *demo.FILES)} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/")) or name == "train.py"]
 
     venv.create(tmp_path / "venv", with_pip=True)
@@ -84,6 +96,8 @@ def test_the_wheel_works_outside_the_checkout(distributions, tmp_path):
     converted = run(command, "convert", str(source), "out")
     assert converted.returncode == 0, converted.stderr
     assert (tmp_path / "out/model.safetensors").is_file()
+    sentences = run(python, "-c", "from funnel.data import demo; print(len(demo.examples()[0].texts))")
+    assert sentences.stdout == "9594\n", sentences.stderr
     sweep = run(command, "sweep", "--blocks", "2,2")
     assert sweep.returncode == 2
     assert "train.py" in sweep.stderr

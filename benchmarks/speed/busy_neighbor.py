@@ -1,6 +1,6 @@
 """Training throughput on an idle and on a busy machine, by how long OpenMP's threads spin.
 
-    python -m benchmarks.speed.busy_neighbor                                            # the demo task's model
+    python -m benchmarks.speed.busy_neighbor                                            # the demo task, random weights
     python -m benchmarks.speed.busy_neighbor --weights MINILM --blocks 2,2,2 --steps 10
 
 Waiting OpenMP threads spin, which is fast on an idle machine. On busy cores, a spinning thread takes time from the thread it

@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed.encoding --rows 1000000 [--words 80] [--weights DIR]
 
-Writes a csv file of generated reviews, encodes it as train.py does, in a separate process, and opens it again from the cache.
-Without --weights, the tokenizer is that of the demo task. Linux only.
+Writes a csv file of generated reviews with the demo task's words, encodes it as train.py does, in a separate process, and opens
+it again from the cache. Without --weights, the tokenizer is trained on the demo task. Linux only.
 """
 
 import argparse

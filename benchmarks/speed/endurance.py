@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TRAIN_SCRIPT = Path(__file__).parents[2] / "train.py"
-NUM_EXAMPLES = 24000  # of the demo task's training set
+NUM_EXAMPLES = 9594  # of the demo task's training set
 TABLE_ROWS = 12
 
 

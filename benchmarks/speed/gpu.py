@@ -33,7 +33,7 @@ from funnel.model.attention_terms import AttentionTerms, RelativeTerms
 from funnel.model.config import FunnelConfig, parse_blocks
 from funnel.model.flops import total_flops
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.weights.build import DEMO_CONFIG
+from funnel.weights.build import RANDOM_CONFIG
 from train import TrainArgs
 
 DEVICE = torch.device("cuda")
@@ -48,7 +48,7 @@ SST2_LENGTHS = (
 )
 SMALL = FunnelConfig(blocks=parse_blocks("4,4,4"), num_decoder_layers=0)
 MINI = FunnelConfig(blocks=parse_blocks("2,2,2"), num_decoder_layers=0, d_model=384, n_head=12, d_head=32, d_inner=1536)
-DEMO = replace(DEMO_CONFIG, blocks=parse_blocks("2,2,2,2,2,2,2"))
+DEMO = replace(RANDOM_CONFIG, blocks=parse_blocks("2,2,2,2,2,2,2"))
 Row = dict[str, Any]
 
 
@@ -250,8 +250,8 @@ def sst2_like() -> Dataset:
 
 
 def demo(settings: Settings) -> Iterator[Row]:
-    """The demo task's model: batch 64 x 16, `2,2,2,2,2,2,2` H128."""
-    batch = random_batch((64, 16), DEVICE)
+    """The demo task: batch 64 x 32, `2,2,2,2,2,2,2` H128."""
+    batch = random_batch((64, 32), DEVICE)
     for name in settings.modes:
         ms = median_ms(partial(funnel_trainer(new_model(DEMO), MODES[name], "bf16").step, batch), repeats=20, warmup=5)
         yield {"table": "demo", "side": name, "ms": ms, "steps_per_s": 1000 / ms}

@@ -22,8 +22,8 @@ def add_layout(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None
     """Adds the subcommand."""
     parser = subparsers.add_parser("layout", help="cost of a layout, and where its layers come from")
     parser.add_argument("--blocks", help="layers in each block, such as 2,2,2,2 or 6,3x2,3x2 (default: as in the weights)")
-    parser.add_argument("--weights", default="small", help="checkpoint folder in any format, or the name of a released model, "
-                        "such as small, medium-base or xlarge (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--weights", default="small", help="checkpoint folder in any format, tiny for the one in the package, "
+                        "or a released model, such as small, medium-base or xlarge (default: %(default)s)")  # fmt: skip
     parser.add_argument("--against", metavar="BLOCKS", help="layout of the same width to compare the cost with; 12 means a "
                         "model of 12 layers without pooling (default: the layout of the weights)")  # fmt: skip
     parser.add_argument("--init", default="identity", help="initialization of new layers: identity, copy or random "
@@ -75,9 +75,10 @@ def show_layout(args: argparse.Namespace) -> None:
 def _read_config(weights: str) -> "FunnelConfig":
     """The config of a checkpoint folder in any format, or of a released model."""
     from funnel.model.config import released_config
+    from funnel.options import TINY
     from funnel.weights.load import read_source_config, resolve
 
-    return read_source_config(resolve(weights)) if os.path.isdir(weights) else released_config(weights)
+    return read_source_config(resolve(weights)) if weights == TINY or os.path.isdir(weights) else released_config(weights)
 
 
 def _lengths(config: "FunnelConfig") -> list[int]:

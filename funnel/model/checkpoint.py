@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from funnel.errors import FunnelError, error_reason, format_list
 from funnel.io import atomic_folder, existing_folder, read_json, verify_checksums, write_json
 from funnel.model.config import FORMAT, FunnelConfig
+from funnel.model.quantization import dequantize
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 BODY = ("embeddings.", "encoder.", "decoder.")  # prefixes of the body's weights; all others belong to a task head
@@ -222,7 +223,7 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
         return _read_shards(path)
     if not os.path.isfile(path):  # Path.is_file raises for a name too long for the file system
         raise FunnelError(f"{path}: no such file; the checkpoint's weights are missing")
-    weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    weights = dequantize(_read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path))
     check_finite(weights, str(path))
     return weights
 

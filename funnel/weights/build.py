@@ -15,7 +15,7 @@ from funnel.model.checkpoint import load_weights
 from funnel.model.config import FunnelConfig, parse_blocks
 from funnel.model.flops import check_memory, total_flops
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.options import RANDOM, check_options, option
+from funnel.options import RANDOM, TINY, check_options, option
 from funnel.weights import surgery
 from funnel.weights.load import OpenedSource, Source, open_source, resolve
 from funnel.weights.surgery import INITS, KEEPS, LayerPlan
@@ -25,10 +25,10 @@ from funnel.weights.surgery import INITS, KEEPS, LayerPlan
 MAX_RAW_MEAN, RAW_STDS = 3.0, (0.5, 2.0)
 MAX_RECOMMENDED_SHARE = 0.95  # of the FLOPs; a layout that saves less is not worth recommending
 MAX_RESCALING = 10  # of a regression head, in deviations; beyond it, the new labels are taken to be in another unit
-# Best of the rates tried on the demo task. The tasks' own rates are for pretrained weights and are too low to train from
-# scratch.
-RANDOM_LEARNING_RATE = 5e-4
-DEMO_CONFIG = FunnelConfig(blocks=parse_blocks("2,2,2"), num_decoder_layers=0, d_model=128, n_head=4, d_head=32, d_inner=512)
+# By `weights`. The tasks' own rates are for pretrained weights of the usual widths (384 to 1024); a narrow model and a random
+# one need more.
+LEARNING_RATES = {RANDOM: 5e-4, TINY: 2e-4}
+RANDOM_CONFIG = FunnelConfig(blocks=parse_blocks("2,2,2"), num_decoder_layers=0, d_model=128, n_head=4, d_head=32, d_inner=512)
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class WeightsArgs:
 
     weights: str | None = option(
         None,
-        "checkpoint folder in any supported format, run folder, hub id, or none for a small random model "
-        "(default: funnel-transformer/small; for the demo task, none)",
+        "checkpoint folder in any supported format, run folder, hub id, tiny for the small pretrained model in the package, "
+        "or none for a small random model (default: funnel-transformer/small; for the demo task, tiny)",
         metavar="SOURCE",
     )
     blocks: str | None = option(
@@ -136,7 +136,7 @@ class RandomSource:
 
     def __init__(self, task: Task) -> None:
         self.tokenizer = FunnelTokenizer.train(task.files["train"].iter_texts())
-        self.config = classifier_config(DEMO_CONFIG.replace(vocab_size=self.tokenizer.vocab_size), None, task)
+        self.config = classifier_config(RANDOM_CONFIG.replace(vocab_size=self.tokenizer.vocab_size), None, task)
 
     def load(self) -> Source:
         """Initializes the weights; uses PyTorch's global random number generator."""

@@ -1,6 +1,6 @@
 """Reading a checkpoint of any format: resolve the folder, detect the format, read the config, then read the weights.
 
-    folder = resolve("funnel-transformer/small")    # a folder or hub id -> Path
+    folder = resolve("funnel-transformer/small")    # a folder, "tiny" or a hub id -> Path
     opened = open_source(folder)                    # format and config, no weights yet
     source = opened.load()                          # config, weights, tokenizer
 
@@ -24,6 +24,7 @@ from funnel.io import existing_folder, read_json, verify_checksums
 from funnel.model import checkpoint
 from funnel.model.config import FunnelConfig
 from funnel.model.heads import MODELS
+from funnel.options import TINY
 from funnel.weights import bert_family, from_original, huggingface
 from funnel.weights.key_map import (
     ConvertedWeights,
@@ -33,6 +34,7 @@ from funnel.weights.key_map import (
     expected_weights,
 )
 
+TINY_FOLDER = Path(__file__).parents[1] / "tiny"  # the small pretrained model in the package
 HUB_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 HUB_WEIGHTS = (
     ("model*.safetensors", "model.safetensors.index.json"),
@@ -112,11 +114,12 @@ def resolve(source: str) -> Path:
     """Returns the folder of a checkpoint; downloads a hub repository, or finds it in the hub's cache.
 
     Args:
-        source: a checkpoint folder, a run folder (for its best checkpoint), or a hub id such as
-            "funnel-transformer/small".
+        source: a checkpoint folder, a run folder (for its best checkpoint), "tiny" for the small pretrained model in the
+            package, or a hub id such as "funnel-transformer/small".
 
     Raises:
-        FunnelError: there is no such folder or repository, or the hub cannot be reached.
+        FunnelError: there is no such folder or repository, the hub cannot be reached, or the package was installed without
+            its weights.
     """
     try:
         exists = Path(source).exists()
@@ -124,9 +127,14 @@ def resolve(source: str) -> Path:
         raise FunnelError(f"invalid weights {source[:80]!r}: not a folder name ({error_reason(error)})", "weights") from None
     if exists:
         return checkpoint.best_checkpoint(existing_folder(source))
+    if source == TINY:
+        if not (TINY_FOLDER / checkpoint.WEIGHTS).is_file():
+            raise FunnelError(f"weights {source!r}: {TINY_FOLDER} has no weights; reinstall funnel-transformer", "weights")
+        return TINY_FOLDER
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source, re.ASCII):
         raise FunnelError(
-            f"invalid weights {source!r}: no such folder, and not a hub id (owner/name) such as funnel-transformer/small",
+            f"invalid weights {source!r}: no such folder, and neither {TINY} nor a hub id (owner/name) such as "
+            "funnel-transformer/small",
             "weights",
         )
     return _download(source)

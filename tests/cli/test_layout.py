@@ -11,7 +11,7 @@ from funnel.cli.main import main
 from funnel.model.config import FunnelConfig, released_config
 from funnel.model.flops import total_flops
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.weights import from_original
+from funnel.weights import from_original, load
 
 
 def test_shows_costs_and_plan(capsys):
@@ -86,6 +86,13 @@ def test_reads_configs_of_every_format_without_weights(source, layout, tmp_path,
     assert f"({layout})" in capsys.readouterr().out.splitlines()[0]
 
 
+def test_tiny_is_the_model_in_the_package(tmp_path, monkeypatch, capsys):
+    FunnelForSequenceClassification(tiny_config(num_decoder_layers=0)).save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(load, "TINY_FOLDER", tmp_path / "tiny")
+    assert main(["layout", "--weights", "tiny", "--blocks", "1,1"]) == 0
+    assert "d_model 16, classifier without decoder, weights from tiny (1,2,1)" in capsys.readouterr().out
+
+
 def bert_config(folder: Path, **changes) -> str:
     """Writes the config of a BERT of 4 layers, without weights; returns the folder's name."""
     values = {"model_type": "bert", "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -120,7 +127,7 @@ def test_costs_are_shown_up_to_the_number_of_positions(tmp_path, capsys):
     [
         (("--blocks", "2,0"), "--blocks '2,0'"),
         (("--against", "0"), "--against 0"),
-        (("--weights", "tiny"), "tiny"),
+        (("--weights", "huge"), "huge"),
         (("--init", "magic"), "--init 'magic'"),
         (("--keep", "none"), "--keep 'none'"),
         (("--layout-plan", "missing.json"), "missing.json"),

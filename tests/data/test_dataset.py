@@ -9,9 +9,9 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import review_sentences
 
 from funnel.data import dataset as dataset_module
-from funnel.data import demo
 from funnel.data.batches import Batch, Shard
 from funnel.data.dataset import Dataset, InMemoryExamples, Rows, Truncation, encode_examples
 from funnel.data.files import ExampleFile
@@ -29,7 +29,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def examples():
-    return demo.examples(train=700, dev=10)[0]
+    return review_sentences(700)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def tokenizer(examples):
 
 @pytest.fixture
 def dataset(examples, tokenizer):
-    return encode_examples(examples, LABELS, tokenizer, 20)
+    return encode_examples(examples, LABELS, tokenizer, 40)
 
 
 def write(path, rows):

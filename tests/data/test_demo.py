@@ -1,11 +1,14 @@
-"""The demo task is balanced, its dev set is held out, and a bag of words does not solve it."""
+"""The demo task: published sentences, balanced, with a fixed dev set that shares no sentence with the training set."""
 
 import hashlib
 import json
+import re
 
 import pytest
+from conftest import shared
 
 from funnel.data import demo
+from funnel.errors import FunnelError
 
 
 @pytest.fixture(scope="module")
@@ -13,33 +16,47 @@ def sets():
     return demo.examples()
 
 
-def test_examples_are_reproducible_and_balanced(sets):
-    assert demo.examples() == sets
-    for examples in sets:
-        assert examples.labels.count("1") * 2 == len(examples.labels)
-        assert len(set(examples.texts)) == len(examples.texts)
-
-
-def test_examples_match_published_results(sets):
-    digest = hashlib.sha256(json.dumps(sets).encode()).hexdigest()
-    assert digest == "7e7991cd2c18bc5830669cd22ced4f00ae9866cad553bda56bcba911add573c4"
-
-
-def test_dev_has_its_own_templates_subjects_and_openings(sets):
-    assert not set(demo.TEMPLATES[0]) & set(demo.TEMPLATES[1])
-    assert not set(demo.SUBJECTS[0]) & set(demo.SUBJECTS[1])
-    train_words, dev_words = (set(" ".join(examples.texts).split()) for examples in sets)
-    train_subjects, dev_subjects = ({word for s in subjects for word in s.split()} for subjects in demo.SUBJECTS)
-    held_out = dev_subjects - train_subjects
-    assert held_out <= dev_words
-    assert not held_out & train_words
-
-
-def test_bag_of_words_does_not_solve_it(sets):
-    text = pytest.importorskip("sklearn.feature_extraction.text", reason="scikit-learn provides the bag of words")
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
+def test_sets_are_balanced_and_alternate_between_the_labels(sets):
     train, dev = sets
-    bag = make_pipeline(text.CountVectorizer(), LogisticRegression(max_iter=1000)).fit(train.texts, train.labels)
-    assert bag.score(dev.texts, dev.labels) < 0.65
+    assert (len(train.texts), len(dev.texts)) == (9594, 1068)
+    for examples in sets:
+        assert examples.pairs is None
+        assert examples.labels == ["0", "1"] * (len(examples.texts) // 2)
+
+
+def test_train_and_dev_share_no_sentence_even_without_punctuation(sets):
+    train, dev = ([re.sub(r"[^a-z0-9]", "", text) for text in examples.texts] for examples in sets)
+    assert not set(train) & set(dev)
+    assert all(train + dev)
+    assert len({*sets[0].texts, *sets[1].texts}) == 9594 + 1068
+
+
+def test_sentences_and_split_are_those_of_published_results(sets):
+    digest = hashlib.sha256(json.dumps(sets).encode()).hexdigest()
+    assert digest == "7ed52b6f82be1d0f5f66e70de41785f63959e90d048e1a7a5a36badb0ed8007d"
+
+
+@pytest.mark.parametrize(("label", "name"), [("0", "neg"), ("1", "pos")])
+def test_sentences_are_the_published_ones(label, name, sets):
+    published = shared(f"data/mr/rt-polarity.{name}").read_text(encoding="utf-8")
+    ours = [text for examples in sets for text, own in zip(examples.texts, examples.labels, strict=True) if own == label]
+    assert sorted(ours) == sorted(published.translate(demo.WINDOWS_1252).splitlines())
+
+
+def test_dashes_and_quotation_marks_are_decoded(sets):
+    texts = "\n".join(sets[0].texts + sets[1].texts)
+    assert "since simone is not real\N{EM DASH}she can't provide any conflict" in texts
+    assert "better than a \N{LEFT SINGLE QUOTATION MARK}direct-to-video' release" in texts
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", texts)
+
+
+def test_attribution_is_beside_the_sentences():
+    text = (demo.FOLDER / "LICENSE.txt").read_text(encoding="utf-8")
+    for words in ("Bo Pang and Lillian Lee", "https://creativecommons.org/licenses/by/4.0/", "Changes:"):
+        assert words in text
+
+
+def test_a_package_without_the_sentences_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "FOLDER", tmp_path)
+    with pytest.raises(FunnelError, match=r"cannot read .*rt-polarity\.neg\.gz .*; reinstall funnel-transformer"):
+        demo.examples()

@@ -29,7 +29,7 @@ from funnel.cli import sweep
 from funnel.data import demo, tasks
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.weights import build
+from funnel.weights import build, load
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
@@ -113,12 +113,15 @@ def tiny_bert(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def at_home(home, monkeypatch):
-    """Commands run in this process where possible, with a demo task of a few sentences."""
+    """Commands run in this process where possible, with a demo task of a few sentences, and other weights in the package."""
     monkeypatch.chdir(home)
     monkeypatch.setenv("FUNNEL_CACHE", str(home / "cache"))
-    monkeypatch.setattr(demo.examples, "__defaults__", (256, 64, 0))
+    subset = [examples._replace(texts=examples.texts[:n], labels=examples.labels[:n])
+              for examples, n in zip(demo.examples(), (256, 64), strict=True)]  # fmt: skip
+    monkeypatch.setattr(demo, "examples", lambda: subset)
+    monkeypatch.setattr(load, "TINY_FOLDER", home / "weights/minilm")
     monkeypatch.setitem(tasks.TASKS, "demo", replace(tasks.TASKS["demo"], epochs=1))
-    monkeypatch.setattr(build, "DEMO_CONFIG", build.DEMO_CONFIG.replace(d_model=32, n_head=2, d_head=16, d_inner=64))
+    monkeypatch.setattr(build, "RANDOM_CONFIG", build.RANDOM_CONFIG.replace(d_model=32, n_head=2, d_head=16, d_inner=64))
     monkeypatch.setattr(sweep, "run_training", lambda script, arguments: train.main(list(arguments)))
     return home
 

@@ -19,7 +19,7 @@ from funnel.model.checkpoint import Checkpoint, check_finite, load_checkpoint, s
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training import evaluate, loss
 
-QUICK = ("--epochs", "0.03", "--eval-every", "5", "--blocks", "1,1", "--batch-size", "32")
+QUICK = ("--weights", "none", "--epochs", "0.075", "--eval-every", "5", "--blocks", "1,1", "--batch-size", "32")
 MACHINE_DEPENDENT = ("examples_per_second", "memory_mib")
 
 
@@ -99,7 +99,7 @@ def stop_at_call(function, number):
 @pytest.mark.parametrize(("dtype", "where", "step"), [("bf16", "training", 8), ("fp32", "evaluation", 10)])
 def test_a_stopped_run_resumes_bit_for_bit(dtype, where, step, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    arguments = [*QUICK, "--batch-size", "8", "--epochs", "0.0075", "--eval-every", "10", "--dtype", dtype, "--save-every", "3"]
+    arguments = [*QUICK, "--batch-size", "8", "--epochs", "0.019", "--eval-every", "10", "--dtype", dtype, "--save-every", "3"]
     assert train.main([*arguments, "--out", str(whole)]) == 0
     if where == "training":
         monkeypatch.setattr(train, "train_step", stop_at_call(train.train_step, step))
@@ -384,8 +384,8 @@ def test_scores_of_any_scale_are_learned(tmp_path, capsys):
         (["--epoch", "1"], ["--epoch"]),
         (["--lr", "-1"], ["--lr"]),
         (["--batch-size", "0"], ["--batch-size"]),
-        (["--max-length", "2"], ["--max-length"]),
-        (["--max-length", "18446744073709551616"], ["--max-length"]),
+        (["--weights", "none", "--max-length", "2"], ["--max-length"]),
+        (["--weights", "none", "--max-length", "18446744073709551616"], ["--max-length"]),
         (["--epochs", "1e308"], ["--epochs"]),
         (["--eval-every", "0"], ["--eval-every"]),
         (["--save-every", "0"], ["--save-every"]),

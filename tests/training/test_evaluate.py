@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import review_sentences, tiny_config
 
-from funnel.data import demo
 from funnel.data.batches import Shard
 from funnel.data.dataset import encode_examples
 from funnel.data.tokenizer import FunnelTokenizer
@@ -20,7 +19,7 @@ from funnel.training.loss import loss_function
 
 @pytest.fixture(scope="module")
 def dataset():
-    examples, _ = demo.examples(train=150, dev=10)
+    examples = review_sentences(150)
     return encode_examples(examples, {"0": 0, "1": 1}, FunnelTokenizer.train(examples.texts), 30)
 
 

@@ -22,7 +22,8 @@ from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.io import write_checksums
 from funnel.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from funnel.model.heads import FunnelBaseModel
+from funnel.model.heads import FunnelBaseModel, FunnelForSequenceClassification
+from funnel.weights import load
 from funnel.weights.load import open_source, read_source, read_source_config, resolve
 
 
@@ -201,6 +202,55 @@ def test_name_that_is_neither_folder_nor_hub_id_is_an_error(source, tmp_path, mo
     with pytest.raises(FunnelError, match=r"^invalid weights ") as error:
         resolve(source)
     assert error.value.parameter == "weights"
+
+
+# --- the weights in the package ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """A stand-in for the weights in the package, in fp16."""
+    folder = tmp_path / "package/tiny"
+    model = FunnelBaseModel(tiny_config())
+    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    save_checkpoint(folder, Checkpoint(model.config, weights, "FunnelBaseModel"), extra=write_vocabulary)
+    monkeypatch.setattr(load, "TINY_FOLDER", folder)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_tiny_resolves_to_the_folder_in_the_package(packaged):
+    assert resolve("tiny") == packaged
+
+
+def test_a_folder_named_tiny_takes_precedence_over_the_package(packaged, tmp_path):
+    save_base_model(tmp_path / "tiny")
+    assert resolve("tiny") == Path("tiny")
+
+
+def test_a_package_without_weights_is_an_error(packaged):
+    (packaged / "model.safetensors").unlink()
+    with pytest.raises(FunnelError, match=r"weights 'tiny': .*tiny has no weights; reinstall funnel-transformer") as error:
+        resolve("tiny")
+    assert error.value.parameter == "weights"
+
+
+@pytest.mark.filterwarnings("ignore:tiny. newly initialized")
+def test_fp16_weights_are_loaded_as_float32(packaged):
+    model = FunnelForSequenceClassification.from_pretrained("tiny", blocks="1,2,1,2", num_labels=3)
+    weights, stored = model.state_dict(), load_file(packaged / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert all(torch.equal(weights[name], tensor.float()) for name, tensor in stored.items() if name in weights)
+
+
+def test_tiny_can_be_converted(packaged, tmp_path, capsys):
+    convert("tiny", tmp_path / "out")
+    assert are_equal(load_checkpoint(tmp_path / "out").weights, load_checkpoint(packaged).weights)
+    assert "wrote" in capsys.readouterr().out
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
