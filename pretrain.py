@@ -171,7 +171,7 @@ def train(args: PretrainArgs, dist: Distributed, command: str) -> dict[str, floa
                     state.record_evaluation(scores)
                 if save_due or stopping:
                     run.save_last(state, components)
-            if stopping or state.step == args.steps:
+            if stopping or state.is_done:
                 break
             schedule.set(state.step)
             seed_step(args.seed, state.step, dist.rank)

@@ -1,4 +1,4 @@
-"""Fine-tunes a Funnel-Transformer for text classification or regression, in any layout of blocks and layers.
+"""Fine-tunes a Funnel-Transformer in any layout of blocks and layers.
 
     python train.py --blocks 2,2,2,2,2,2,2                     # movie reviews and weights in the package: no downloads
     python train.py --task sst2 --weights funnel-transformer/small --blocks 2,2,2,2,2,2,2
@@ -17,68 +17,82 @@ import torch
 
 from funnel.cli.common import run_script
 from funnel.data.batches import Batch
-from funnel.data.dataset import Dataset, encode_examples
+from funnel.data.dataset import Dataset
 from funnel.data.device_batches import TrainingBatches
-from funnel.data.tasks import DEFAULT_DEV_SHARE, Task, TaskArgs, load_task
+from funnel.data.tasks import Task
+from funnel.errors import FunnelError
 from funnel.options import TINY, option
-from funnel.training.args import RunArgs
+from funnel.problems.base import Problem
+from funnel.problems.registry import PROBLEMS, encode_split
+from funnel.problems.task_args import DEFAULT_DEV_SHARE, TaskArgs, load_task
+from funnel.training.args import RunArgs, with_task_defaults
 from funnel.training.cuda_graphs import step_runner
 from funnel.training.device import choose_dtype, keep_freed_memory, peak_memory, seed_step, set_seed
 from funnel.training.distributed import Distributed, exit_process, init_distributed
 from funnel.training.divergence import NonFiniteGuard
 from funnel.training.evaluate import evaluate
+from funnel.training.loss import LossArgs
 from funnel.training.optim import LinearWarmupDecay, build_adamw, clip_grad_norm, param_groups
 from funnel.training.progress import Progress, print_banner, print_data
 from funnel.training.run_dir import RunDir, describe_data
 from funnel.training.signals import GracefulStop
 from funnel.training.state import TrainComponents
 from funnel.training.teacher import TeacherArgs, training_loss
-from funnel.weights.build import LEARNING_RATES, BuiltModel, WeightsArgs, build_classifier
+from funnel.weights.build import LEARNING_RATES, BuiltModel, WeightsArgs, build_task_model
 
 
 @dataclass(frozen=True)
-class TrainArgs(RunArgs, TeacherArgs, WeightsArgs, TaskArgs):
+class TrainArgs(RunArgs, TeacherArgs, LossArgs, WeightsArgs, TaskArgs):
     """One flag per field. TaskArgs adds --task, --data and the column names of your own files; WeightsArgs adds --weights,
-    --blocks, --init, --keep and --layout-plan; TeacherArgs adds --teacher; RunArgs adds --seed, --device, --out, --resume
-    and others (training/args.py). `load` fills in the task's defaults (funnel/data/tasks.py)."""
+    --blocks, --init, --keep and --layout-plan; LossArgs adds --label-smoothing and --class-weights, TeacherArgs --teacher;
+    RunArgs adds --seed, --device, --out, --resume and others (training/args.py). `load` fills in the task's defaults."""
 
     epochs: float = option(None, "training epochs, may be fractional (default: the task's)", bounds="(0, 1e6]")
-    lr: float = option(None, "peak learning rate (default: the task's; for tiny and random weights 5e-4)", bounds="(0, 1e3]")
+    steps: int | None = option(None, "training steps, instead of epochs", bounds="[1, 1e9]")
+    patience: int | None = option(None, "stop after N evaluations without a better one", metavar="N", bounds="[1, inf)")
+    lr: float = option(
+        None, "peak learning rate (default: the task's; for tiny 2e-4, for random weights 5e-4)", bounds="(0, 1e3]"
+    )
     batch_size: int = option(None, "examples per step, across all processes (default: the task's)", bounds="[1, inf)")
     max_length: int = option(None, "truncate texts to this many tokens (default: the task's)", bounds="[1, inf)")
-    warmup: float = option(0.1, "fraction of all steps used for learning-rate warmup", bounds="[0, 1)")
-    layer_lr_decay: float = option(1.0, "factor of the learning rate from each layer to the one before", bounds="(0, 1]")
+    warmup: float = option(None, "fraction of all steps for learning-rate warmup (default: the task's)", bounds="[0, 1)")
+    layer_lr_decay: float = option(
+        None, "factor of the learning rate from each layer to the one before (default: the task's)", bounds="(0, 1]"
+    )
 
     def __post_init__(self) -> None:
         TaskArgs.__post_init__(self)
         WeightsArgs.__post_init__(self)
         self.check_run()
         self.check_teacher()
+        if self.epochs is not None and self.steps is not None:
+            raise FunnelError("steps cannot be combined with epochs; use one of them", "steps")
 
 
-def load(args: TrainArgs, dist: Distributed, run: RunDir) -> tuple[TrainArgs, Task, BuiltModel, Dataset, dict[str, Dataset]]:
+def load(args: TrainArgs, dist: Distributed, run: RunDir) -> tuple[TrainArgs, Task, Problem, BuiltModel, dict[str, Dataset]]:
     """Loads data and model (on the CPU, from the checkpoint of a resumed run); fills in the task's defaults in `args`."""
     task = load_task(args)
     weights = args.weights or (TINY if task.name == "demo" else "funnel-transformer/small")
-    args = replace(args, weights=weights, lr=args.lr or LEARNING_RATES.get(weights, task.learning_rate))
-    args = replace(args, epochs=args.epochs or task.epochs, batch_size=args.batch_size or task.batch_size)
+    args = with_task_defaults(
+        replace(args, weights=weights, lr=args.lr or LEARNING_RATES.get(weights, task.learning_rate)), task
+    )
     set_seed(args.seed)  # for randomly initialized weights
     keep_freed_memory()
     bytes_per_weight = 16 if dist.device.type == "cpu" else 4  # on a CPU, gradient and AdamW moments too
     if run.checkpoint is not None:
         built = BuiltModel(run.checkpoint.model, run.checkpoint.tokenizer, [], "the run's last checkpoint")
     else:
-        built = build_classifier(args, task, args.max_length, bytes_per_weight)
+        built = build_task_model(args, task, args.max_length, bytes_per_weight)
     args = replace(args, max_length=built.model.config.model_max_length or task.max_length)
-    encode = partial(encode_examples, label_ids=task.label_ids, tokenizer=built.tokenizer, max_length=args.max_length)
-    eval_sets = {split: encode(file) for split, file in task.files.items()}
-    train_set = eval_sets.pop("train")
-    if not eval_sets:
-        train_set, eval_sets["dev"] = train_set.split(args.dev_share or DEFAULT_DEV_SHARE, args.seed)
-    built.calibrate(train_set)  # LayerNorms of new identity layers; a resumed run has none
-    built.standardize_labels(train_set)  # for regression
-    print_data(task, train_set, eval_sets)
-    return args, task, built, train_set, eval_sets
+    sets = {split: encode_split(task, split, built.tokenizer, args.max_length) for split in task.files}
+    if "dev" not in sets:
+        sets["train"], sets["dev"] = sets["train"].split(args.dev_share or DEFAULT_DEV_SHARE, args.seed)
+    built.calibrate(sets["train"])  # LayerNorms of new identity layers; a resumed run has none
+    built.standardize_labels(sets["train"])  # for regression
+    problem = PROBLEMS[task.problem](built.model.config)
+    problem.prepare(sets["train"], args)
+    print_data(task, problem, sets)
+    return args, task, problem, built, sets
 
 
 def train_step(batch: Batch, args: TrainArgs, components: TrainComponents, guard: NonFiniteGuard) -> torch.Tensor:
@@ -106,13 +120,13 @@ def train(args: TrainArgs, dist: Distributed, command: str) -> dict[str, float]:
     # run folder, data, model, schedule
     run = RunDir.open(args, dist)
     with dist.main_process_first():  # the others find downloads and encoded texts in the cache
-        args, task, built, train_set, eval_sets = load(args, dist, run)
-        loss = training_loss(args, built.model, built.tokenizer, dist.device)
-    model, tokenizer = built.model, built.tokenizer
+        args, task, problem, built, eval_sets = load(args, dist, run)
+        loss = training_loss(args, problem, built.tokenizer, dist.device)
+    model, tokenizer, train_set = built.model, built.tokenizer, eval_sets.pop("train")
     dtype = choose_dtype(args.dtype, dist.device, model.config.d_model)
     steps_per_epoch = math.ceil(len(train_set) / args.batch_size)
-    total_steps = max(1, round(steps_per_epoch * args.epochs))
-    eval_every = args.eval_every or math.ceil(steps_per_epoch / 4)
+    total_steps = args.steps or max(1, round(steps_per_epoch * args.epochs))
+    eval_every = args.eval_every or math.ceil(min(steps_per_epoch, total_steps) / 4)
     derived = {"blocks": model.config.layout, "dtype": dtype, "steps": total_steps, **loss.settings()}
     derived |= describe_data(task, train_set, eval_sets)
     state = run.start(args, derived, command)
@@ -126,7 +140,7 @@ def train(args: TrainArgs, dist: Distributed, command: str) -> dict[str, float]:
     optimizer = build_adamw(param_groups(model, args.weight_decay, args.layer_lr_decay), args.lr, dist.graph_device)
     schedule = LinearWarmupDecay(optimizer, args.lr, range(state.schedule_start, total_steps), state.warmup)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
-    components = TrainComponents(dist, model, wrapped, tokenizer, optimizer, scaler, dtype, loss)
+    components = TrainComponents(dist, model, wrapped, tokenizer, optimizer, scaler, dtype, loss, problem)
     state.restore(components)
     data = partial(TrainingBatches(train_set, dist.device), args.batch_size, args.seed, shard=dist.shard)
     guard = NonFiniteGuard(components, data, schedule, args)
@@ -151,11 +165,11 @@ def train(args: TrainArgs, dist: Distributed, command: str) -> dict[str, float]:
                 if results:
                     guard.check_evaluation(state.step, results)  # fp16 may overflow
                     progress.log_evaluation(results)
-                    if state.record_evaluation(results["dev"].scores, task.metrics[0]):
-                        run.save_best(components, results["dev"].logits, eval_sets["dev"])
-                if save_due or stopping:
+                    if state.record_evaluation(results["dev"].scores, task.metrics[0], args.patience):
+                        run.save_best(components, results["dev"].results, eval_sets["dev"])
+                if save_due or stopping or state.is_done:
                     run.save_last(state, components)
-            if stopping or state.step == total_steps:
+            if stopping or state.is_done:
                 break
             schedule.set(state.step)
             seed_step(args.seed, state.step, dist.rank)

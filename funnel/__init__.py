@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from funnel.data.tokenizer import FunnelTokenizer
     from funnel.errors import FunnelError
-    from funnel.inference import Classifier, Prediction
+    from funnel.inference.answers import Answer, QuestionAnswerer
+    from funnel.inference.choices import ChoicePrediction, MultipleChoice
+    from funnel.inference.classifier import Classifier, Prediction
+    from funnel.inference.tokens import Entity, TokenClassifier
     from funnel.model.config import BlockSpec, FunnelConfig
     from funnel.model.heads import (
         FunnelBaseModel,
@@ -25,17 +28,26 @@ if TYPE_CHECKING:
 
 _HEADS = "funnel.model.heads"
 _MODULES = {  # of the names that are not in _HEADS
+    "Answer": "funnel.inference.answers",
     "BlockSpec": "funnel.model.config",
-    "Classifier": "funnel.inference",
+    "ChoicePrediction": "funnel.inference.choices",
+    "Classifier": "funnel.inference.classifier",
+    "Entity": "funnel.inference.tokens",
     "FunnelConfig": "funnel.model.config",
     "FunnelError": "funnel.errors",
     "FunnelTokenizer": "funnel.data.tokenizer",
-    "Prediction": "funnel.inference",
+    "MultipleChoice": "funnel.inference.choices",
+    "Prediction": "funnel.inference.classifier",
+    "QuestionAnswerer": "funnel.inference.answers",
+    "TokenClassifier": "funnel.inference.tokens",
 }
 
 __all__ = [
+    "Answer",
     "BlockSpec",
+    "ChoicePrediction",
     "Classifier",
+    "Entity",
     "FunnelBaseModel",
     "FunnelConfig",
     "FunnelError",
@@ -48,7 +60,10 @@ __all__ = [
     "FunnelModel",
     "FunnelPreTrainedModel",
     "FunnelTokenizer",
+    "MultipleChoice",
     "Prediction",
+    "QuestionAnswerer",
+    "TokenClassifier",
 ]
 
 

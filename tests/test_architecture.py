@@ -12,6 +12,7 @@ LAYERS = (
     {"errors"},
     {"io", "options", "threads"},
     {"model", "data"},
+    {"problems"},
     {"weights", "training"},
     {"pretraining", "inference"},
     {"analysis"},

@@ -40,10 +40,10 @@ def measure_rates(args: argparse.Namespace) -> list[tuple[float, float]]:
     keep_freed_memory()
     with init_distributed("cpu", fsdp=False) as dist:
         train_args = train.TrainArgs(weights=args.weights, blocks=args.blocks)
-        train_args, _, built, train_set, _ = train.load(train_args, dist, RunDir(Path()))
+        train_args, _, _, built, sets = train.load(train_args, dist, RunDir(Path()))
         model = built.model.train()
         trainer = funnel_trainer(model, train_args, choose_dtype(None, dist.device, model.config.d_model))
-        batches = train_set.batches(train_args.batch_size, train_args.seed)
+        batches = sets["train"].batches(train_args.batch_size, train_args.seed)
 
         def measure() -> float:
             started, examples = time.perf_counter(), 0

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.speed.measure import device_name, process_memory
 from funnel.data import demo
-from funnel.data.dataset import encode_examples
+from funnel.data.encoding import TextEncoder, encode_examples
 from funnel.data.files import ExampleFile
 from funnel.data.tokenizer import FunnelTokenizer
 
@@ -50,7 +50,7 @@ def measure(path: Path, weights: str | None) -> dict[str, float]:
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
-        dataset = encode_examples(source, {"1": 0, "2": 1}, tokenizer, MAX_LENGTH)
+        dataset = encode_examples(source, TextEncoder({"1": 0, "2": 1}), tokenizer, MAX_LENGTH)
         seconds.append(time.perf_counter() - started)
     return {
         "encoding": seconds[0],

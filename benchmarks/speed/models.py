@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funnel.data.batches import Batch, text_batch
 from funnel.model.checkpoint import Checkpoint
 from funnel.model.config import FunnelConfig, parse_blocks
-from funnel.model.heads import FunnelForSequenceClassification
+from funnel.model.heads import FunnelForSequenceClassification, FunnelPreTrainedModel
+from funnel.problems.classification import Classification
 from funnel.training.args import RunArgs
 from funnel.training.cuda_graphs import step_runner
 from funnel.training.device import autocast, seed_step
 from funnel.training.distributed import Distributed
 from funnel.training.divergence import NonFiniteGuard
-from funnel.training.loss import TaskLoss, loss_function
+from funnel.training.loss import TaskLoss
 from funnel.training.optim import LinearWarmupDecay, build_adamw, param_groups
 from funnel.training.state import TrainComponents, TrainState
 from funnel.weights.huggingface import write_huggingface
@@ -47,7 +49,7 @@ def build_pair(layout: str, device: torch.device) -> dict[str, nn.Module]:
     }
 
 
-def transformers_copy(model: FunnelForSequenceClassification) -> Any:
+def transformers_copy(model: FunnelPreTrainedModel) -> Any:
     """transformers' model with the same weights."""
     import transformers
 
@@ -103,7 +105,7 @@ class Trainer:
         """Forward, backward, clipping, AdamW."""
         with autocast(self.device, self.dtype):
             output = logits()
-        loss_function(output, labels).backward()
+        F.cross_entropy(output.float(), labels).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -143,6 +145,6 @@ class LoopTrainer:
         self.runner.step(batch)
 
 
-def funnel_trainer(model: FunnelForSequenceClassification, args: TrainArgs, dtype: str) -> LoopTrainer:
+def funnel_trainer(model: FunnelPreTrainedModel, args: TrainArgs, dtype: str) -> LoopTrainer:
     """Takes train.py's steps."""
-    return LoopTrainer(model, TaskLoss(), train_step, replace(args, dtype=dtype))
+    return LoopTrainer(model, TaskLoss(Classification(model.config)), train_step, replace(args, dtype=dtype))

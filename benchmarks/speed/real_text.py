@@ -18,11 +18,12 @@ from torch import nn
 from benchmarks.speed.measure import Measurement, synchronize
 from benchmarks.speed.models import Trainer, funnel_trainer, logits_function, transformers_copy
 from funnel.data.batches import Batch
-from funnel.data.dataset import Dataset, encode_examples
+from funnel.data.dataset import Dataset
+from funnel.data.encoding import TextEncoder, encode_examples
 from funnel.data.tasks import Task, get_task, locate_files
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.training.device import choose_dtype
-from funnel.weights.build import BuiltModel, WeightsArgs, build_classifier
+from funnel.weights.build import BuiltModel, WeightsArgs, build_task_model
 from train import TrainArgs
 
 BATCH_SIZE = 32
@@ -52,8 +53,8 @@ class RealText:
         """
         task = locate_files(get_task("sst2" if data else "demo"), data)
         examples = task.files["train"]
-        built = build_classifier(weights, task, task.max_length)
-        dataset = encode_examples(examples, task.label_ids, built.tokenizer, task.max_length)
+        built = build_task_model(weights, task, task.max_length)
+        dataset = encode_examples(examples, TextEncoder(task.label_ids), built.tokenizer, task.max_length)
         config = built.model.config
         if config.family != "funnel":
             config = config.replace(

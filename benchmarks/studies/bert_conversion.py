@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from funnel.data.batches import Batch
-from funnel.data.dataset import Dataset, encode_examples
+from funnel.data.dataset import Dataset
 from funnel.data.tasks import get_task, locate_files
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.heads import FunnelBaseModel
+from funnel.problems.registry import encode_split
 
 LAYOUTS = ("5,1", "4,2", "3,3", "3,2,1", "2,2,2")  # of the six layers of MiniLM
 BATCH_SIZE = 32
@@ -77,7 +78,7 @@ def order_effect(funnel: ClsStates, bert: ClsStates) -> str:
 def load_dev_set(task_name: str, data: Path, tokenizer: FunnelTokenizer, num_texts: int) -> Dataset:
     """The first texts of a task's dev set."""
     task = locate_files(get_task(task_name), data)
-    dataset = encode_examples(task.files["dev"], task.label_ids, tokenizer, task.max_length)
+    dataset = encode_split(task, "dev", tokenizer, task.max_length)
     return dataset.subset(np.arange(min(num_texts, len(dataset))))
 
 

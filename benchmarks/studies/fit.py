@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from funnel.data.dataset import Dataset
+from funnel.problems.base import Problem
 from funnel.training.device import autocast, choose_dtype, keep_freed_memory, seed_step, set_seed
-from funnel.training.evaluate import compute_metrics, predict_logits
-from funnel.training.loss import loss_function
+from funnel.training.evaluate import predict
 from funnel.training.optim import LinearWarmupDecay, build_adamw, clip_grad_norm, param_groups
 
 CPU = torch.device("cpu")
@@ -23,11 +23,11 @@ class Recipe:
     epochs: float
     lr: float
     seed: int
-    d_model: int
+    problem: Problem
 
     @property
     def dtype(self) -> str:
-        return choose_dtype(None, CPU, self.d_model)
+        return choose_dtype(None, CPU, self.problem.config.d_model)
 
 
 def fit(model: nn.Module, train_set: Dataset, recipe: Recipe) -> None:
@@ -43,14 +43,14 @@ def fit(model: nn.Module, train_set: Dataset, recipe: Recipe) -> None:
         seed_step(recipe.seed, step, 0)
         with autocast(CPU, recipe.dtype):
             logits = model(**batch.inputs)
-        loss_function(logits, batch.labels).backward()
+        recipe.problem.loss(logits, batch.labels).backward()
         clip_grad_norm(model, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def score(model: nn.Module, dataset: Dataset, metrics: tuple[str, ...], dtype: str) -> dict[str, float]:
+def score(model: nn.Module, dataset: Dataset, metrics: tuple[str, ...], recipe: Recipe) -> dict[str, float]:
     """Evaluates a model."""
-    with autocast(CPU, dtype):
-        logits = predict_logits(model, dataset)
-    return compute_metrics(logits, dataset, metrics)
+    with autocast(CPU, recipe.dtype):
+        results = predict(model, recipe.problem, dataset)
+    return recipe.problem.score(results, dataset, metrics)

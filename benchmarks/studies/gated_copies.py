@@ -15,11 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks.studies.fit import Recipe, fit, score
-from funnel.data.dataset import Dataset, encode_examples
-from funnel.data.tasks import Task, TaskArgs, load_task
-from funnel.model.heads import FunnelForSequenceClassification
+from funnel.data.tasks import Task
+from funnel.model.heads import FunnelPreTrainedModel
+from funnel.problems.registry import PROBLEMS, encode_split
+from funnel.problems.task_args import TaskArgs, load_task
 from funnel.training.device import set_seed
-from funnel.weights.build import BuiltModel, WeightsArgs, build_classifier
+from funnel.weights.build import BuiltModel, WeightsArgs, build_task_model
 from funnel.weights.load import read_source_config, resolve
 from funnel.weights.surgery import make_plan, write_plan
 
@@ -30,7 +31,7 @@ GATED_SHARE = 0.1  # of all steps
 class Gate:
     """The gate of all new layers of a model; opens with the number of forward passes in training."""
 
-    def __init__(self, model: FunnelForSequenceClassification, layers: list[nn.Module], steps: int) -> None:
+    def __init__(self, model: FunnelPreTrainedModel, layers: list[nn.Module], steps: int) -> None:
         self.step, self.steps = 0, steps
         model.register_forward_pre_hook(self.count)
         for layer in layers:
@@ -54,27 +55,22 @@ def build(args: argparse.Namespace, layout: str, start: str, task: Task) -> tupl
         path.parent.mkdir(parents=True, exist_ok=True)
         write_plan(path, [row if row.start == "keep" else row._replace(start="copy") for row in plan])
         weights = WeightsArgs(args.weights, layout, layout_plan=path)
-    built = build_classifier(weights, task, task.max_length)
+    built = build_task_model(weights, task, task.max_length)
     return built, [built.model.encoder.layers(row.block)[row.layer] for row in plan if row.start != "keep"]
 
 
 def train(args: argparse.Namespace, layout: str, start: str, seed: int) -> float:
     """Trains one model; returns its accuracy on dev."""
-    task = load_task(TaskArgs("sst2", args.data))
+    task = load_task(TaskArgs(task="sst2", data=args.data))
     set_seed(seed)  # for the classifier
     built, new = build(args, layout, start, task)
-    train_set, dev_set = (encode(task, split, built) for split in ("train", "dev"))
+    train_set, dev_set = (encode_split(task, split, built.tokenizer, task.max_length) for split in ("train", "dev"))
     built.calibrate(train_set)
-    recipe = Recipe(task.batch_size, args.epochs, args.lr, seed, built.model.config.d_model)
+    recipe = Recipe(task.batch_size, args.epochs, args.lr, seed, PROBLEMS[task.problem](built.model.config))
     if start == "gated copy":
         Gate(built.model, new, max(1, round(GATED_SHARE * args.epochs * len(train_set) / task.batch_size)))
     fit(built.model, train_set, recipe)
-    return score(built.model, dev_set, ("accuracy",), recipe.dtype)["accuracy"]
-
-
-def encode(task: Task, split: str, built: BuiltModel) -> Dataset:
-    """One of the task's encoded sets."""
-    return encode_examples(task.files[split], task.label_ids, built.tokenizer, task.max_length)
+    return score(built.model, dev_set, ("accuracy",), recipe)["accuracy"]
 
 
 def main() -> None:

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from benchmarks.studies.fit import Recipe, fit, score
 from benchmarks.studies.results import MINILM, ROOT, read_results, run_all, run_module, train
-from funnel.data.dataset import encode_examples
 from funnel.data.tasks import get_task, locate_files
 from funnel.data.tokenizer import FunnelTokenizer
+from funnel.model.config import FunnelConfig
 from funnel.model.flops import count_flops, total_flops
 from funnel.model.heads import FunnelBaseModel
+from funnel.problems.metrics import LOWER_IS_BETTER
+from funnel.problems.registry import PROBLEMS, encode_split
 from funnel.training.device import set_seed
-from funnel.training.metrics import LOWER_IS_BETTER
 
 RESULTS = Path(__file__).with_name("glue.jsonl")
 BERT = "BERT"  # in place of a layout, for the source model
@@ -156,14 +157,15 @@ def train_bert(run: Run, settings: Settings) -> dict[str, float]:
     """Trains transformers' BERT as train.py trains a Funnel; returns the scores on dev."""
     task = locate_files(get_task(run.task), settings.data)
     tokenizer = FunnelTokenizer.load(settings.source)
-    train_set, dev_set = (
-        encode_examples(task.files[split], task.label_ids, tokenizer, task.max_length) for split in ("train", "dev")
-    )
+    train_set, dev_set = (encode_split(task, split, tokenizer, task.max_length) for split in ("train", "dev"))
     set_seed(run.seed)  # for the classifier
-    model = BertClassifier(settings.source, task.num_labels)
-    recipe = Recipe(task.batch_size, run.epochs, run.lr, run.seed, model.bert.config.hidden_size)
+    kind = PROBLEMS[task.problem]
+    outputs = dict(enumerate(kind.outputs(task)))
+    model = BertClassifier(settings.source, len(outputs))
+    config = FunnelConfig(d_model=model.bert.config.hidden_size, id2label=outputs, problem_type=kind.problem_type)
+    recipe = Recipe(task.batch_size, run.epochs, run.lr, run.seed, kind(config))
     fit(model, train_set, recipe)
-    return select_scores(score(model, dev_set, task.metrics, recipe.dtype), run.task)
+    return select_scores(score(model, dev_set, task.metrics, recipe), run.task)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funnel.data.dataset import encode_examples
-from funnel.data.tasks import Task, TaskArgs, load_task
+from funnel.data.tasks import Task
 from funnel.model.heads import FunnelBaseModel
-from funnel.weights.build import WeightsArgs, build_classifier
+from funnel.problems.registry import encode_split
+from funnel.problems.task_args import TaskArgs, load_task
+from funnel.weights.build import WeightsArgs, build_task_model
 from funnel.weights.load import read_source, resolve
 
 LAYOUTS = ("3,3,3", "4,4,4", "2,2,2,2", "2,2,2,2,2,2,2", "4,4,4,4,4,4,4", "3,3", "1,1,1,1,1,1", "1,1,1", "2,2")
@@ -26,8 +27,8 @@ LAYOUTS = ("3,3,3", "4,4,4", "2,2,2,2", "2,2,2,2,2,2,2", "4,4,4,4,4,4,4", "3,3",
 @torch.no_grad()
 def cls_states(weights: WeightsArgs, task: Task, num_texts: int) -> Tensor:
     """[CLS] of the first dev texts after the last layer, [num_texts, d]."""
-    built = build_classifier(weights, task, task.max_length)
-    dataset = encode_examples(task.files["dev"], task.label_ids, built.tokenizer, task.max_length)
+    built = build_task_model(weights, task, task.max_length)
+    dataset = encode_split(task, "dev", built.tokenizer, task.max_length)
     built.calibrate(dataset)
     batch = dataset.batch(np.arange(num_texts))
     states, _ = built.model.encode(**batch.inputs, cls_only=True)

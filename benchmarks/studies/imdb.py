@@ -20,20 +20,21 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from torch import Tensor, nn
 
 from benchmarks.studies.fit import Recipe, fit, score
 from benchmarks.studies.results import MINILM, read_results, run_all, run_module
-from funnel.data.dataset import encode_examples
 from funnel.data.tasks import get_task, locate_files
 from funnel.model.config import FunnelConfig
 from funnel.model.flops import total_flops
 from funnel.model.heads import FunnelForSequenceClassification
+from funnel.problems.classification import Classification
+from funnel.problems.registry import encode_split
 from funnel.training.device import set_seed
-from funnel.weights.build import WeightsArgs, build_classifier
+from funnel.weights.build import WeightsArgs, build_task_model
 from funnel.weights.load import read_source_config
 
 RESULTS = Path(__file__).with_name("imdb.jsonl")
@@ -149,18 +150,16 @@ def train(run: Run, settings: Settings) -> Result:
     """Trains one model in this process."""
     task = locate_files(get_task("imdb"), settings.folders)
     set_seed(run.seed)  # for the classifier
-    built = build_classifier(WeightsArgs(str(settings.source), run.layout), task, LENGTH)
-    train_set, test_set = (
-        encode_examples(task.files[split], task.label_ids, built.tokenizer, LENGTH) for split in ("train", "dev")
-    )
+    built = build_task_model(WeightsArgs(str(settings.source), run.layout), task, LENGTH)
+    train_set, test_set = (encode_split(task, split, built.tokenizer, LENGTH) for split in ("train", "dev"))
     built.calibrate(train_set)
-    model = MeanPooled(built.model) if run.pooling == "mean" else built.model
-    recipe = Recipe(task.batch_size, run.epochs, LEARNING_RATE, run.seed, built.model.config.d_model)
+    model = MeanPooled(cast(FunnelForSequenceClassification, built.model)) if run.pooling == "mean" else built.model
+    recipe = Recipe(task.batch_size, run.epochs, LEARNING_RATE, run.seed, Classification(built.model.config))
     started = time.process_time()
     fit(model, train_set, recipe)
     minutes = (time.process_time() - started) / 60
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    accuracy = score(model, test_set, ("accuracy",), recipe.dtype)["accuracy"]
+    accuracy = score(model, test_set, ("accuracy",), recipe)["accuracy"]
     return Result(*run, accuracy, minutes, memory)
 
 

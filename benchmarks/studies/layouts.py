@@ -23,20 +23,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.studies.results import read_results, run_all, train
 from funnel.data.batches import Batch
-from funnel.data.dataset import encode_examples
-from funnel.data.tasks import TaskArgs, load_task
 from funnel.io import read_json, write_json
 from funnel.model.checkpoint import is_funnel_checkpoint, load_config
 from funnel.model.config import FunnelConfig, parse_blocks
 from funnel.model.flops import total_flops
-from funnel.model.heads import FunnelForSequenceClassification
+from funnel.model.heads import FunnelPreTrainedModel
+from funnel.problems.registry import encode_split
+from funnel.problems.task_args import TaskArgs, load_task
 from funnel.training.device import autocast, choose_dtype, keep_freed_memory
-from funnel.training.loss import loss_function
 from funnel.training.optim import build_adamw, clip_grad_norm, param_groups
-from funnel.weights.build import WeightsArgs, build_classifier
+from funnel.weights.build import WeightsArgs, build_task_model
 from funnel.weights.load import read_source_config, resolve
 from funnel.weights.surgery import make_plan
 
@@ -145,7 +145,7 @@ def missing_runs(requested: Iterable[Run], results: Iterable[Result], settings: 
 class TimedModel:
     """A layout whose training steps are timed."""
 
-    def __init__(self, model: FunnelForSequenceClassification) -> None:
+    def __init__(self, model: FunnelPreTrainedModel) -> None:
         self.model = model.train()
         self.device = torch.device("cpu")
         self.dtype = choose_dtype(None, self.device, model.config.d_model)
@@ -157,7 +157,7 @@ class TimedModel:
         for batch in batches:
             with autocast(self.device, self.dtype):
                 logits = self.model(**batch.inputs)
-            loss_function(logits, batch.labels).backward()
+            F.cross_entropy(logits.float(), batch.labels).backward()
             clip_grad_norm(self.model, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -167,9 +167,9 @@ class TimedModel:
 def time_layouts(layouts: list[str], task_name: str, settings: Settings, rounds: int) -> dict[str, float]:
     """Seconds of training per text for each layout: the median of rounds in which all train on the same batches."""
     keep_freed_memory()
-    task = load_task(TaskArgs(task_name, settings.data))
-    built = [build_classifier(WeightsArgs(settings.weights, layout), task, task.max_length) for layout in layouts]
-    dataset = encode_examples(task.files["train"], task.label_ids, built[0].tokenizer, task.max_length)
+    task = load_task(TaskArgs(task=task_name, data=settings.data))
+    built = [build_task_model(WeightsArgs(settings.weights, layout), task, task.max_length) for layout in layouts]
+    dataset = encode_split(task, "train", built[0].tokenizer, task.max_length)
     batches = [dataset.batch(rows) for rows in dataset.training_batches(task.batch_size, 0, 0)[:TIMED_STEPS]]
     models = [TimedModel(model) for model, *_ in built]
     measured = []

@@ -1,7 +1,6 @@
 """The benefit of pretraining: pretrains models with pretrain.py, then fine-tunes each, before and after pretraining.
 
     python -m benchmarks.studies.pretraining --recipe minilm --corpus wiki.txt.xz --teacher MINILM --data GLUE --out runs/minilm
-    python -m benchmarks.studies.pretraining --recipe tiny --corpus wiki.txt.xz --teacher MINILM --data GLUE --out runs/tiny
     python -m benchmarks.studies.pretraining --recipe electra --corpus wiki.txt.xz --data GLUE --out runs/electra
     python -m benchmarks.studies.pretraining --report
 
@@ -25,7 +24,7 @@ import torch
 from benchmarks.studies.results import ROOT, environment, read_results, run_all, train
 from funnel.data.tasks import get_task
 from funnel.model.checkpoint import load_checkpoint, save_weights
-from funnel.training.metrics import LOWER_IS_BETTER
+from funnel.problems.metrics import LOWER_IS_BETTER
 
 RESULTS = Path(__file__).with_name("pretraining.jsonl")
 PIECE = 16 * 10**6  # bytes
@@ -53,7 +52,6 @@ class Recipe:
 DISTILL = ["--objective", "distill"]
 RECIPES = {
     "minilm": Recipe({name: [*DISTILL, "--blocks", name] for name in ("2,2,2", "4,2")}, 10_000, 5e-5),
-    "tiny": Recipe({"tiny": [*DISTILL, "--blocks", "2,2,2", "--d-model", "128", "--lr", "1e-3"]}, 5_000, 3e-4),
     "electra": Recipe({"electra": ["--blocks", "2,2,2", "--d-model", "256", "--vocab", "8192"]}, 10_000, 1e-4),
 }
 

@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from funnel.data.dataset import Dataset, encode_examples
-from funnel.data.tasks import DEFAULT_DEV_SHARE, TaskArgs, load_task
+from funnel.data.dataset import Dataset
 from funnel.errors import FunnelError, plural
-from funnel.inference import run_folder, run_record
-from funnel.training.evaluate import BATCH_SIZE, compute_metrics
+from funnel.inference.predictor import run_folder, run_record
+from funnel.problems.base import Problem
+from funnel.problems.registry import encode_split, problem_of
+from funnel.problems.task_args import DEFAULT_DEV_SHARE, TaskArgs, load_task
+from funnel.training.evaluate import BATCH_SIZE, pad_tokens
 from funnel.training.progress import format_scores
 from funnel.training.run_dir import read_arguments
 from funnel.weights.export import INPUTS, max_length
@@ -26,19 +29,19 @@ NUM_TIMED = 100  # texts
 NUM_WARMUP = 10
 RANDOM_LENGTH = 16  # tokens of the text that is timed if there is no dev set
 
-Feed = dict[str, np.ndarray]  # the graph's inputs, [b, l] each
+Feed = dict[str, np.ndarray]  # the graph's inputs, [b, l] or [b, c, l] each
 
 
 class DevSet(NamedTuple):
     """A run's dev set, and the metrics of its task.
 
     Attributes:
-        label_names: of the classifier's outputs.
+        problem: with the classifier's labels.
     """
 
     dataset: Dataset
     metrics: tuple[str, ...]
-    label_names: list[str]
+    problem: Problem
 
 
 def load_dev_set(source: Source) -> DevSet:
@@ -53,13 +56,13 @@ def load_dev_set(source: Source) -> DevSet:
     task = load_task(TaskArgs(**read_arguments(run, TaskArgs)))
     arguments, settings = run_record(run, "arguments"), run_record(run)
     split = "dev" if "dev" in task.files else "train"
-    tokenizer = source.require_tokenizer()
-    dataset = encode_examples(task.files[split], task.label_ids, tokenizer, max_length(source.config))
+    tokenizer, problem = source.require_tokenizer(), problem_of(source.architecture, source.config)
+    dataset = encode_split(task, split, tokenizer, max_length(source.config))
     if split == "train":
         _, dataset = dataset.split(arguments.get("dev_share") or DEFAULT_DEV_SHARE, arguments.get("seed", 0))
     if dataset.digest != settings.get("digests", {}).get("dev"):
         raise FunnelError(f"the run's {split} file has changed since training")
-    return DevSet(dataset, task.metrics, list(source.config.id2label.values()))
+    return DevSet(dataset, task.metrics, problem)
 
 
 def compare_graphs(files: Mapping[str, Path], dev: DevSet | None) -> str:
@@ -73,7 +76,7 @@ def compare_graphs(files: Mapping[str, Path], dev: DevSet | None) -> str:
         dev: None measures only the latency.
     """
     if dev is None:
-        texts = [_random_feed()] * NUM_TIMED
+        texts = []
         note = f"latency: one text of {RANDOM_LENGTH} tokens, median of {NUM_TIMED} calls"
     else:
         texts = [_feed(dev.dataset, np.array([row % len(dev.dataset)])) for row in range(NUM_TIMED)]
@@ -81,10 +84,12 @@ def compare_graphs(files: Mapping[str, Path], dev: DevSet | None) -> str:
     lines = []
     for name, path in files.items():
         session = open_session(path)  # one at a time: waiting threads of a second one would spin
-        measured = [f"{_median_milliseconds(session, texts):.1f} ms per text", f"{path.stat().st_size / 1e6:.1f} MB"]
+        measured = [
+            f"{_median_milliseconds(session, texts or [_random_feed(session)] * NUM_TIMED):.1f} ms per text",
+            f"{path.stat().st_size / 1e6:.1f} MB",
+        ]
         if dev is not None:
-            logits = torch.from_numpy(_predict(session, dev.dataset))
-            measured.insert(0, format_scores(compute_metrics(logits, dev.dataset, dev.metrics, dev.label_names)))
+            measured.insert(0, format_scores(dev.problem.score(_predict(session, dev), dev.dataset, dev.metrics)))
         lines.append(f"{name:<9} {', '.join(measured)}")
         del session
     return "\n".join([*lines, f"{'':<9} {note}, {plural(torch.get_num_threads(), 'thread')}"])
@@ -104,8 +109,9 @@ def _feed(dataset: Dataset, rows: np.ndarray) -> Feed:
     return {name: batch.inputs[name].numpy() for name in INPUTS}
 
 
-def _random_feed() -> Feed:
-    ones = np.ones((1, RANDOM_LENGTH), dtype=np.int64)  # the token does not matter
+def _random_feed(session: Any) -> Feed:
+    rank = len(session.get_inputs()[0].shape)  # 3 for multiple choice
+    ones = np.ones((*[1] * (rank - 1), RANDOM_LENGTH), dtype=np.int64)  # the token does not matter
     return dict(zip(INPUTS, (ones, ones, 0 * ones), strict=True))
 
 
@@ -118,8 +124,13 @@ def _median_milliseconds(session: Any, texts: list[Feed]) -> float:
     return 1e3 * statistics.median(times[NUM_WARMUP:])
 
 
-def _predict(session: Any, dataset: Dataset) -> np.ndarray:
-    """Logits of all examples in order, [n_examples, n_outputs]."""
-    batches = list(dataset.evaluation_batches(BATCH_SIZE))
-    logits = np.concatenate([session.run(None, _feed(dataset, rows))[0] for rows in batches])
-    return logits[np.argsort(np.concatenate(batches))]
+def _predict(session: Any, dev: DevSet) -> Tensor:
+    """What the problem keeps of the outputs for all rows, as in `funnel.training.evaluate.predict`."""
+    batches = list(dev.dataset.evaluation_batches(BATCH_SIZE))
+    outputs = []
+    for rows in batches:
+        batch = dev.dataset.batch(rows)
+        logits = torch.from_numpy(session.run(None, {name: batch.inputs[name].numpy() for name in INPUTS})[0])
+        kept = dev.problem.collect(logits, batch.labels)
+        outputs.append(pad_tokens(kept, batch.inputs[INPUTS[0]].shape[1], dev.dataset.longest))
+    return torch.cat(outputs)[np.argsort(np.concatenate(batches))]

@@ -32,7 +32,7 @@ def table_row(group: Sequence[Run]) -> tuple[str, ...]:
         str(first.settings["blocks"]),
         Path(plan).name if plan else str(first.settings["init"]),
         f"{first.settings['lr']:g}",
-        f"{first.settings['epochs']:g}" + ("" if all(run.is_finished for run in group) else " (unfinished)"),
+        first.duration + ("" if all(run.is_finished for run in group) else " (unfinished)"),
         str(len(group)),
         f"{metric} {format_scores(metric, [to_number(run.final.get(metric)) for run in group])}",
         format_scores(metric, [to_number(run.best.get(metric)) for run in group]),

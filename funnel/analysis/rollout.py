@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funnel.data.dataset import Dataset
-from funnel.inference import Classifier, Prediction
+from funnel.data.encoding import encode_texts
+from funnel.inference.classifier import Classifier, Prediction
 from funnel.model import pooling
 from funnel.model.attention_backends import capture_attention_weights
 from funnel.model.config import FunnelConfig
@@ -77,7 +77,7 @@ def explain(classifier: Classifier, text: str, pair: str | None = None) -> Expla
         FunnelError: the text cannot be encoded.
     """
     config, tokenizer = classifier.model.config, classifier.tokenizer
-    dataset = Dataset.from_texts([text], None if pair is None else [pair], tokenizer, classifier.inputs.max_length)
+    dataset = encode_texts([text], None if pair is None else [pair], tokenizer, classifier.inputs.max_length)
     classifier.n_truncated += dataset.truncation.texts
     batch = dataset.batch(np.zeros(1, int)).to(classifier.device)
     with capture_attention_weights() as weights:

@@ -16,8 +16,8 @@ from funnel.io import os_errors, read_json
 from funnel.model.checkpoint import best_checkpoint, load_config
 from funnel.model.config import FunnelConfig
 from funnel.model.flops import ModuleCost, count_parameters, module_costs, total_flops
-from funnel.training.error_analysis import EVALUATION_FILE
-from funnel.training.metrics import LOWER_IS_BETTER, selection_key
+from funnel.problems.error_analysis import EVALUATION_FILE
+from funnel.problems.metrics import LOWER_IS_BETTER, selection_key
 
 MAX_CONFUSIONS = 20
 SEED_DEPENDENT = ("seed", "train_examples", "dev_examples", "mean_tokens")  # settings that differ between repetitions
@@ -32,7 +32,7 @@ class Run:
         command: the command that started the run.
         settings: from run.json.
         log: lines of metrics.jsonl.
-        evaluation: error analysis of the best checkpoint (`analyze_errors`); empty if there is none.
+        evaluation: error analysis of the best checkpoint (`Problem.analyze`); empty if there is none.
         config: config of the best checkpoint.
     """
 
@@ -82,8 +82,14 @@ class Run:
         return max(self.dev_log, key=lambda line: selection_key(line, self.metrics[0]))
 
     @property
+    def duration(self) -> str:
+        """The number of epochs or of steps that was asked for."""
+        epochs = self.settings.get("epochs")
+        return f"{self.settings['steps']:,} steps" if epochs is None else f"{epochs:g}"
+
+    @property
     def is_finished(self) -> bool:
-        return bool(self.final["step"] >= self.settings["steps"])
+        return bool(self.final["step"] >= self.settings.get("stopped_at", self.settings["steps"]))
 
     @property
     def seconds(self) -> float:
@@ -143,7 +149,7 @@ class Run:
 
 
 def top_confusions(evaluation: Mapping[str, Any]) -> list[tuple[int, str, str]]:
-    """The most frequent kinds of errors in the result of `analyze_errors`: count, label, prediction."""
+    """The most frequent kinds of errors in an error analysis: count, label, prediction."""
     labels, matrix = evaluation["labels"], evaluation["confusion"]
     pairs = itertools.permutations(range(len(labels)), 2)
     confusions = [(matrix[i][j], labels[i], labels[j]) for i, j in pairs if matrix[i][j]]

@@ -5,12 +5,15 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from funnel.errors import plural
 
 if TYPE_CHECKING:
-    from funnel.inference import Classifier
+    from funnel.inference.classifier import Classifier
+    from funnel.inference.predictor import Predictor
+
+AnyPredictor = TypeVar("AnyPredictor", bound="Predictor")
 
 
 def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,15 +29,20 @@ def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def load_classifier(args: argparse.Namespace) -> Iterator["Classifier"]:
-    """Yields the classifier; at the end, warns on standard error if texts were truncated."""
-    from funnel.inference import Classifier
-
-    classifier = Classifier.load(args.run, args.device, args.dtype)
+def load_predictor(args: argparse.Namespace, kind: type[AnyPredictor]) -> Iterator[AnyPredictor]:
+    """Yields the trained model; at the end, warns on standard error if texts were truncated."""
+    predictor = kind.load(args.run, args.device, args.dtype)
     try:
-        yield classifier
+        yield predictor
     finally:
-        if classifier.n_truncated:
-            truncated = plural(classifier.n_truncated, "text")
-            verb = "was" if classifier.n_truncated == 1 else "were"
-            print(f"warning: {truncated} {verb} truncated to {classifier.inputs.max_length} tokens", file=sys.stderr)
+        if predictor.n_truncated:
+            truncated = plural(predictor.n_truncated, "text")
+            verb = "was" if predictor.n_truncated == 1 else "were"
+            print(f"warning: {truncated} {verb} truncated to {predictor.inputs.max_length} tokens", file=sys.stderr)
+
+
+def load_classifier(args: argparse.Namespace) -> contextlib.AbstractContextManager["Classifier"]:
+    """As `load_predictor`, for a classifier of texts."""
+    from funnel.inference.classifier import Classifier
+
+    return load_predictor(args, Classifier)

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from funnel.cli import answers, choices, tokens
 from funnel.cli.classifier import add_classifier_arguments, load_classifier
 from funnel.cli.common import ArgumentParser, add_overwrite, align_columns, check_output, files_of_run
 from funnel.errors import FunnelError, plural
 
 if TYPE_CHECKING:
-    from funnel.inference import Classifier
+    from funnel.inference.classifier import Classifier
 
 MAX_WIDTH = 80  # characters of a line
 MAX_LABEL_LENGTH = 24  # characters of a label in a table
@@ -29,7 +30,8 @@ def add_evaluate(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> No
         "confusion matrix, and the errors with the highest loss; for scores, the metrics and the largest errors.",
     )
     add_classifier_arguments(parser)
-    parser.add_argument("file", type=Path, metavar="FILE", help="labeled file, in any format that train.py reads")
+    parser.add_argument("file", type=Path, metavar="FILE", help="labeled file, in any format that train.py reads, or, "
+                        "for multiple choice, a folder in RACE's layout")  # fmt: skip
     parser.add_argument("--text-column", metavar="NAME", help="text column (default: as in training, else text or sentence)")
     parser.add_argument("--text-pair-column", metavar="NAME", help="second text column (default: as in training)")
     parser.add_argument("--label-column", metavar="NAME", help="label column (default: as in training, else label)")
@@ -44,14 +46,23 @@ def evaluate(args: argparse.Namespace) -> None:
     Raises:
         FunnelError: the classifier cannot be loaded, the file is malformed, or has a label that the classifier lacks.
     """
+    from funnel.inference.predictor import problem_name
     from funnel.io import write_json
 
     if args.out is not None:
         if args.out.suffix != ".json":
             raise FunnelError(f"out {args.out}: expected the name of a .json file", "out")
         check_output(args.out, "out", [args.file, *files_of_run(args.run)], args.overwrite)
-    with load_classifier(args) as classifier:
-        scores, errors = _evaluate_file(classifier, args)
+    problem = problem_name(args.run)
+    if problem == "answer-spans":
+        scores, errors = answers.evaluate(args)
+    elif problem == "token-labels":
+        scores, errors = tokens.evaluate(args)
+    elif problem == "multiple-choice":
+        scores, errors = choices.evaluate(args)
+    else:
+        with load_classifier(args) as classifier:
+            scores, errors = _evaluate_file(classifier, args)
     print(format_evaluation(args.file.name, scores, errors))
     if args.out is not None:
         finite = {name: score if math.isfinite(score) else None for name, score in scores.items()}
@@ -62,12 +73,12 @@ def evaluate(args: argparse.Namespace) -> None:
 def _evaluate_file(classifier: "Classifier", args: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]]:
     """Scores by name, and the error analysis. Metrics and label spellings are those of the run's task."""
     from funnel.data.custom import ColumnChoice
-    from funnel.data.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, TASKS
-    from funnel.inference import run_record
+    from funnel.data.tasks import TASKS
+    from funnel.inference.predictor import run_record
+    from funnel.problems.own_texts import METRICS
 
     settings = run_record(args.run)
-    is_regression = classifier.model.config.problem_type == "regression"
-    metrics = settings.get("metrics") or (REGRESSION_METRICS if is_regression else CLASSIFICATION_METRICS)
+    metrics = settings.get("metrics") or METRICS[classifier.problem.name]
     task = TASKS.get(str(settings.get("task")))
     dev_file = task.files.get("dev") if task else None
     label_column = run_record(args.run, "arguments").get("label_column") or getattr(dev_file, "label_column", None)
@@ -86,14 +97,16 @@ def format_evaluation(name: str, scores: Mapping[str, float], errors: Mapping[st
 
     Args:
         name: the file's.
-        errors: the result of `analyze_errors`.
+        errors: the error analysis.
     """
     from funnel.training.progress import format_scores
 
     parts = [f"{name}: {plural(errors['examples'], 'example')}", format_scores(scores)]
     sections = [", ".join(parts)]
     if "classes" in errors:
-        sections += [_format_classes(errors["classes"]), _format_confusion(errors)]
+        sections.append(_format_classes(errors["classes"]))
+    if "confusion" in errors:
+        sections.append(_format_confusion(errors))
     sections.append(_format_errors(errors))
     return "\n\n".join(sections)
 
@@ -137,12 +150,14 @@ def _format_errors(errors: Mapping[str, Any]) -> str:
     mistakes = errors["mistakes"][:MAX_ERRORS]
     if not mistakes:
         return "no errors"
-    lines = ["errors with the highest loss" if "classes" in errors else "largest errors"]
+    lines = ["errors with the highest loss" if "labels" in errors or "classes" in errors else "largest errors"]
     for mistake in mistakes:
         label, predicted = mistake["label"], mistake["predicted"]
         if "probability" in mistake:
             of_label, of_prediction = mistake["probability"]
             lines.append(f"label {label} ({of_label:.1%}), predicted {predicted} ({of_prediction:.1%})")
+        elif isinstance(label, str):
+            lines.append(f"label {label}, predicted {predicted}")
         else:
             lines.append(f"label {label:.7g}, predicted {predicted:.7g}")
         lines.append("  " + (_shorten(mistake["text"], MAX_WIDTH - 2) or "(empty)"))

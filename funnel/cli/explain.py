@@ -43,10 +43,11 @@ def explain_text(args: argparse.Namespace) -> None:
 def format_explanation(explanation: "Explanation") -> str:
     """The prediction, then one line with a bar for each token and for each position of every block's output."""
     from funnel.analysis.rollout import Position
+    from funnel.inference.predictions import format_label
 
     prediction = explanation.prediction
     if prediction.probability is None:
-        lines = [f"{prediction.label:.7g}"]
+        lines = [format_label(prediction.label, digits=7)]
     else:
         lines = [f"{prediction.label} ({prediction.probability:.1%})"]
     lines.append(LEGEND)

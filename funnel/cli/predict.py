@@ -1,4 +1,4 @@
-"""`funnel predict`: labels and probabilities for texts, standard input, or a file."""
+"""`funnel predict`: labels and probabilities for texts, standard input, or a file; entities for token classifiers."""
 
 import argparse
 import itertools
@@ -8,27 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from funnel.cli import answers, choices, tokens
 from funnel.cli.classifier import add_classifier_arguments, load_classifier
 from funnel.cli.common import ArgumentParser, add_overwrite, check_output, files_of_run, flag
 from funnel.errors import FunnelError, format_list, plural
 
 if TYPE_CHECKING:
     from funnel.data.files import ExampleFile
-    from funnel.inference import Classifier
+    from funnel.inference.classifier import Classifier
 
 FILE_OPTIONS = ("out", "text_column", "text_pair_column", "keep_columns")
 
 
 def add_predict(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None:
     """Adds the subcommand."""
-    parser = subparsers.add_parser("predict", help="labels and probabilities for texts")
+    parser = subparsers.add_parser("predict", help="labels and probabilities for texts, or answers to questions")
     add_classifier_arguments(parser)
     parser.add_argument("texts", nargs="*", default=[], metavar="TEXT",
                         help="text (default: read standard input, one text per line, or two separated by a tab)")  # fmt: skip
     parser.add_argument("--pair", action="append", metavar="TEXT", help="second text of a pair; repeat for each TEXT")
     parser.add_argument("--file", type=Path, help="file of texts, in any format that train.py reads")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl file, also gzipped (.gz), for the "
-                        "predictions of --file (default: predictions-FILE in the run's folder)")  # fmt: skip
+                        "predictions of --file; for answers to questions, a .json file (default: predictions-FILE in the "
+                        "run's folder)")  # fmt: skip
     parser.add_argument("--text-column", metavar="NAME", help="text column of --file (default: as in training, else text or "
                         "sentence)")  # fmt: skip
     parser.add_argument("--text-pair-column", metavar="NAME", help="second text column of --file (default: as in training)")
@@ -52,7 +54,16 @@ def predict(args: argparse.Namespace) -> None:
     Raises:
         FunnelError: arguments conflict, the classifier cannot be loaded, or the input is malformed.
     """
+    from funnel.inference.predictor import problem_name
+
     _check(args)
+    problem = problem_name(args.run)
+    if problem == "answer-spans":
+        return answers.predict(args)
+    if problem == "token-labels":
+        return tokens.predict(args)
+    if problem == "multiple-choice":
+        return choices.predict(args)
     out = None if args.file is None else _choose_output(args)
     with load_classifier(args) as classifier:
         if out is not None:
@@ -79,7 +90,7 @@ def _check(args: argparse.Namespace) -> None:
 def _choose_output(args: argparse.Namespace) -> Path:
     """Checks --out, or chooses the default."""
     from funnel.data.formats import file_format
-    from funnel.inference import OUTPUT_FORMATS
+    from funnel.inference.predictions import OUTPUT_FORMATS
 
     inputs = [args.file, *files_of_run(args.run)]
     if args.out is not None:
@@ -97,7 +108,7 @@ def _choose_output(args: argparse.Namespace) -> Path:
 
 def _predict_file(classifier: "Classifier", args: argparse.Namespace, out: Path) -> None:
     from funnel.data.custom import ColumnChoice
-    from funnel.inference import write_predictions
+    from funnel.inference.predictions import write_predictions
 
     source = classifier.open_file(args.file, ColumnChoice(args.text_column, args.text_pair_column, labeled=False))
     if args.keep_columns is not None:
@@ -122,19 +133,19 @@ def _keep_columns(source: "ExampleFile", names: list[str]) -> "ExampleFile":
 
 def _predict_standard_input(classifier: "Classifier") -> None:
     """Predicts line by line in a terminal, in chunks otherwise."""
-    from funnel.inference import CHUNK_SIZE
+    from funnel.inference.classifier import CHUNK_SIZE
 
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print("Enter one text per line; Ctrl-D to finish.", file=sys.stderr)
-    examples = _read_standard_input(has_pairs=len(classifier.inputs.columns) == 2)
+    examples = read_standard_input(has_pairs=len(classifier.inputs.columns) == 2)
     while chunk := list(itertools.islice(examples, 1 if is_terminal else CHUNK_SIZE)):
         texts = [text for text, _ in chunk]
         pairs = [pair for _, pair in chunk if pair is not None]
         _print_predictions(classifier, texts, pairs or None)
 
 
-def _read_standard_input(has_pairs: bool) -> Iterator[tuple[str, str | None]]:
+def read_standard_input(has_pairs: bool) -> Iterator[tuple[str, str | None]]:
     """Yields texts, or pairs of texts separated by a tab.
 
     Raises:
@@ -155,9 +166,11 @@ def _read_standard_input(has_pairs: bool) -> Iterator[tuple[str, str | None]]:
 
 
 def _print_predictions(classifier: "Classifier", texts: list[str], pairs: list[str] | None) -> None:
-    """Prints one tab-separated line per text: label, probability (not for regression), text, second text."""
+    """Prints one tab-separated line per text: label, probability (only of a single class), text, second text."""
+    from funnel.inference.predictions import format_label
+
     for number, prediction in enumerate(classifier(texts, pairs)):
-        fields = [prediction.label if isinstance(prediction.label, str) else f"{prediction.label:.7g}"]
+        fields = [format_label(prediction.label, digits=7)]
         if prediction.probability is not None:
             fields.append(f"{prediction.probability:.1%}")
         fields += [texts[number], *([pairs[number]] if pairs else [])]

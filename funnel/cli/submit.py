@@ -36,7 +36,7 @@ def submit(args: argparse.Namespace) -> None:
     Raises:
         FunnelError: one of them cannot be used; nothing is written.
     """
-    from funnel.inference import write_glue_submission
+    from funnel.inference.predictions import write_glue_submission
 
     task = locate_test_files(trained_task(args.run), args.data)
     for source in task.tests.values():
@@ -55,7 +55,7 @@ def trained_task(run: Path) -> "Task":
         FunnelError: the folder is not a run, or its task has no unlabeled test files.
     """
     from funnel.data.tasks import TASKS
-    from funnel.inference import RUN_FILE
+    from funnel.inference.predictor import RUN_FILE
     from funnel.io import read_json
 
     if not (run / RUN_FILE).is_file():

@@ -33,8 +33,9 @@ class Batch:
 
     Attributes:
         inputs: the model's keyword arguments, as in `model(**batch.inputs)`: input_ids, attention_mask and token_type_ids,
-            [b, l], int64; pretraining adds others. The first dimension of each is b.
-        labels: [b], int64 label ids, or float32 scores; in pretraining, [b, m] token ids.
+            [b, l] or, for c choices, [b, c, l], int64; pretraining adds others. The first dimension of each is b.
+        labels: as in `funnel.data.dataset.Rows`, label ids and positions as int64; [b, l] if tokens have labels; in
+            pretraining, [b, m] token ids.
         weight: factor for the batch's mean loss. The sum over micro-batches and the mean over ranks (DDP averages
             gradients) of weight * mean loss is the mean loss over the global batch. 0 if the rank has no row.
         n_examples: number of rows of the global batch; default: those of this batch.
@@ -103,7 +104,7 @@ class Batch:
 
 
 def text_batch(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, labels: Tensor) -> Batch:
-    """A batch of texts: inputs [b, l], labels [b]."""
+    """A batch of texts; shapes as in `Batch`."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
     return Batch(inputs, labels)
 

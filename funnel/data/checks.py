@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from funnel.data.files import Example, ExampleFile, InMemoryExamples
+from funnel.data.files import Example, Source
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import plural
 
@@ -73,7 +73,7 @@ def compare_sets(task: "Task", train_set: "Dataset", eval_sets: Mapping[str, "Da
     Args:
         task: with the files of the sets; a set without a file was split off the training file.
     """
-    if task.label_names is not None:  # repeated texts with different scores are common: several people rated them
+    if task.problem == "classification":  # repeated texts with different scores are common: several people rated them
         same_file = [train_set, *(dataset for split, dataset in eval_sets.items() if split not in task.files)]
         hashes, labels = (np.concatenate([getattr(dataset, name) for dataset in same_file]) for name in ("hashes", "labels"))
         order = np.lexsort((labels, hashes))
@@ -91,7 +91,7 @@ def compare_sets(task: "Task", train_set: "Dataset", eval_sets: Mapping[str, "Da
             yield f"{split}: {shared.sum():,} of {plural(len(dataset), 'text')} also occur in the training set, such as {text}"
 
 
-def _find_text(source: ExampleFile | InMemoryExamples, wanted: np.uint64) -> str:
+def _find_text(source: Source, wanted: np.uint64) -> str:
     """The beginning of the text that has a hash, to be quoted in a message."""
     for example in source.rows():
         if hash_texts([example.text], None if example.pair is None else [example.pair])[0] == wanted:

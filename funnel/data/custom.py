@@ -2,10 +2,10 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from funnel.data.files import Column, ExampleFile, normalize_label, parse_score
 from funnel.data.formats import DIALECTS, FORMATS, check_file, detect_dialect, file_format, read_column_names
@@ -15,7 +15,7 @@ from funnel.io import os_errors
 DEFAULT_TEXT_COLUMNS = ("text", "sentence")
 DEFAULT_LABEL_COLUMN = "label"
 DEV_NAMES = ("dev", "validation", "valid", "val")  # names of a folder's dev file
-PROBLEMS = ("classification", "regression")
+MULTI_LABEL = "multi-label"
 MAX_INTEGER_CLASSES = 50  # integer labels with more distinct values are treated as scores
 MAX_SPARSE_CLASSES = 10  # more classes than this need two texts each on average, or the label column is probably wrong
 MAX_LISTED_CLASSES = 20
@@ -162,15 +162,18 @@ def _format_names(names: Iterable[str]) -> str:
     return format_list(name if len(name) <= MAX_NAME_LENGTH else f"{name[:MAX_NAME_LENGTH]}…" for name in names)
 
 
-def find_files(folder: Path) -> dict[str, Path]:
+def find_files(folder: Path, is_readable: Callable[[Path], Any] = file_format) -> dict[str, Path]:
     """The files "train" and "dev" of a folder, recognized by their names; dev may be called validation, valid or val.
+
+    Args:
+        is_readable: whether a file has a format that is read, according to its name.
 
     Raises:
         FunnelError: there is no training file, or there are several files for the same purpose.
     """
     found: dict[str, Path] = {}
     with os_errors(folder):
-        paths = sorted(path for path in folder.iterdir() if file_format(path))
+        paths = sorted(path for path in folder.iterdir() if is_readable(path))
     for path in paths:
         name = path.name.split(".")[0].lower()
         split = "dev" if name in DEV_NAMES else name
@@ -194,23 +197,28 @@ class Labels(NamedTuple):
         names: label names by the label as written in the file, in the order of their ids; None for scores.
         description: one sentence for the user.
         warnings: suspected problems, one line each.
+        problem: kind of problem.
     """
 
     names: dict[str, str] | None
     description: str
     warnings: tuple[str, ...] = ()
+    problem: str = "classification"
 
 
 def infer_labels(file: ExampleFile, problem: str | None) -> Labels:
     """Reads a file's labels and decides whether they are classes or scores.
 
     Args:
-        problem: "classification" or "regression". None to infer it: labels are scores if most of them are numbers, and
-            these contain a fraction or more than `MAX_INTEGER_CLASSES` distinct values.
+        problem: "classification", "regression" or "multi-label". None to infer it: lists are several labels, and labels are
+            scores if most of them are numbers, and these contain a fraction or more than `MAX_INTEGER_CLASSES` distinct
+            values.
 
     Raises:
         FunnelError: the file is malformed, a label is empty or not a number, or the classes are implausible.
     """
+    if problem == MULTI_LABEL or (problem is None and _has_lists(file)):
+        return _infer_multi_label(file)
     counts, first_lines = _count_labels(file)
     scores = {label: score for label in counts if (score := parse_score(label)) is not None}
     if problem == "regression" or (problem is None and _look_like_scores(counts, scores)):
@@ -227,18 +235,54 @@ def infer_labels(file: ExampleFile, problem: str | None) -> Labels:
             found = f"the scores from {low!r} to {high!r} are almost the same number in float32"
             raise FunnelError(f"{file.path}: {found}; subtract a constant from all of them")
         hint = "" if problem else "; problem=classification reads them as classes"
-        return Labels(None, f"scores from {low:g} to {high:g}: regression{hint}")
+        return Labels(None, f"scores from {low:g} to {high:g}: regression{hint}", problem="regression")
 
     formatted = _formatted_numbers(counts, scores)
     _check_classes(file, counts, problem, formatted)
     all_numeric = len(scores) == len(counts)
-    ordered = sorted(counts, key=lambda label: (scores[label], label)) if all_numeric else sorted(counts)
-    names = [label if label == " ".join(label.split()) else repr(label) for label in ordered[:MAX_LISTED_CLASSES]]
-    shown = ", ".join(f"{name} ({counts[label]:,})" for name, label in zip(names, ordered, strict=False))
-    description = f"{plural(len(ordered), 'class')}: {shown}" + (", …" if len(ordered) > MAX_LISTED_CLASSES else "")
+    ordered = _order_classes(counts)
+    description = _describe_classes(ordered, counts)
     if all_numeric and problem is None:
         description += "; problem=regression reads them as scores"
     return Labels({label: label for label in ordered}, description, (*_similar_labels(counts), *formatted))
+
+
+def _order_classes(counts: Counter[str]) -> list[str]:
+    """The classes by number if all are numbers, otherwise by name."""
+    scores = {label: score for label in counts if (score := parse_score(label)) is not None}
+    return sorted(counts, key=lambda label: (scores[label], label)) if len(scores) == len(counts) else sorted(counts)
+
+
+def _describe_classes(ordered: Sequence[str], counts: Counter[str]) -> str:
+    """ "2 classes: neg (10), pos (12)" """
+    names = [label if label == " ".join(label.split()) else repr(label) for label in ordered[:MAX_LISTED_CLASSES]]
+    shown = ", ".join(f"{name} ({counts[label]:,})" for name, label in zip(names, ordered, strict=False))
+    return f"{plural(len(ordered), 'class')}: {shown}" + (", …" if len(ordered) > MAX_LISTED_CLASSES else "")
+
+
+def _has_lists(file: ExampleFile) -> bool:
+    """Whether the first label is a list, which only jsonl, json and parquet files can contain."""
+    first = next(file.rows())
+    return file_format(file.path) not in DIALECTS and (first.label or "").startswith("[")
+
+
+def _infer_multi_label(file: ExampleFile) -> Labels:
+    """The classes of a file with any number of labels per example."""
+    counts: Counter[str] = Counter()
+    n_examples = n_without = 0
+    for example in file.rows():
+        counts.update(example.labels)
+        n_examples += 1
+        n_without += not example.labels
+    if not counts:
+        raise FunnelError(f"{file.path}: no example has a label; is {file.label_column!r} the label column?")
+    if len(counts) > MAX_SPARSE_CLASSES and 2 * len(counts) > counts.total():
+        found = f"{plural(len(counts), 'label')} in {plural(n_examples, 'example')}"
+        raise FunnelError(f"{file.path}: {found}; is {file.label_column!r} the label column?")
+    ordered = _order_classes(counts)
+    mean = counts.total() / n_examples
+    description = f"{_describe_classes(ordered, counts)}; {mean:.2g} per example, none for {n_without:,}: multi-label"
+    return Labels({label: label for label in ordered}, description, _similar_labels(counts), MULTI_LABEL)
 
 
 def _count_labels(file: ExampleFile) -> tuple[Counter[str], dict[str, int | str]]:

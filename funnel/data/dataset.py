@@ -1,37 +1,23 @@
-"""Encodes examples once, caches them on disk, and serves them as padded batches.
+"""Encoded examples, served as padded batches.
 
-The cache stores token ids as one flat array (two bytes per id if the vocabulary allows) that is memory-mapped, so that
-several processes share it and memory use does not grow with the dataset. A cache entry is reused if the content of the
-file, the tokenizer, the maximum length and the labels are the same.
+A row is what a model reads at once: a text, a pair of texts, a window of a long text, or the c choices of a question.
 
-Shapes: b examples, l tokens of the longest example in a batch, n examples in a dataset.
+Shapes: n rows of a dataset, t tokens of all rows, b rows of a batch, l tokens of the longest one, k classes.
 """
 
-import hashlib
-import itertools
-import json
-import math
-import shutil
-import weakref
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from funnel.data.batches import WHOLE, Batch, BatchRows, Shard, epoch_batches, global_batches, rows_of_rank, text_batch
-from funnel.data.checks import TextChecks, hash_texts
-from funnel.data.files import Example, ExampleFile, InMemoryExamples, normalize_label, parse_score
-from funnel.data.tokenizer import Encoding, FunnelTokenizer
-from funnel.errors import FunnelError, format_list, plural
-from funnel.io import cache_dir, read_json, write_cache_entry, write_json
+from funnel.data.files import Source
+from funnel.errors import FunnelError, plural
 
-CHUNK_SIZE = 1024  # examples per call of the tokenizer, which processes them in parallel
-CACHE_VERSION = 3
+IGNORED = -100  # label of a token without one; the value that PyTorch's cross-entropy ignores
 
 
 class Truncation(NamedTuple):
@@ -64,14 +50,17 @@ class Truncation(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One entry per example, each array [n].
+    """One entry per row.
 
     Attributes:
-        starts: position of the first token in the flat array of token ids.
-        lengths: number of tokens.
-        pair_starts: offset of the second text's first token; the length if there is no second text.
-        labels: int32 label ids, or float32 scores; -1 or nan without a label.
-        hashes: uint64, equal for equal texts.
+        starts: position of the first token in the flat array of token ids, [n]; [n, c] for the choices of questions.
+        lengths: number of tokens; of the same shape.
+        pair_starts: offset of the second text's first token; the length if there is no second text; of the same shape.
+        labels: int32 label ids [n] or positions [n, 2]; float32 scores [n], or one indicator per class [n, k]. -1 or nan
+            without a label.
+        hashes: [n], uint64, equal for equal texts; of questions with choices, for equal contexts.
+        examples: [n], the number of the example of which a row is a window; None if every example is one row.
+        groups: [n], equal for rows that `Dataset.split` must not separate; None for `examples`.
     """
 
     starts: np.ndarray
@@ -79,21 +68,27 @@ class Rows(NamedTuple):
     pair_starts: np.ndarray
     labels: np.ndarray
     hashes: np.ndarray
+    examples: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     def take(self, index: np.ndarray) -> "Rows":
-        """The entries of some examples."""
-        return Rows(*(array[index] for array in self))
+        """The entries of some rows."""
+        return Rows(*(None if array is None else array[index] for array in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Encoded examples; made by `encode_examples` or `Dataset.from_texts`.
+    """Encoded examples; made by the functions of `funnel.data.encoding`.
 
     Attributes:
-        token_ids: the token ids of all examples, concatenated.
-        rows: where each example is in `token_ids`, and its label.
+        token_ids: [t], the token ids of all rows, concatenated.
+        rows: where each row is in `token_ids`, and its label.
         pad_id: the padding token's id.
         truncation: how much text was cut off.
+        token_labels: [t], label id of every token, `IGNORED` for tokens without one; None unless tokens have labels.
+        offsets: [t, 2], first character of every token in the example's text and the one after its last; -1 for special
+            tokens. None unless a problem needs them.
+        source: the examples; None for texts encoded in memory.
         digest: checksum of the source's content; "" for texts encoded in memory.
         warnings: suspected problems with the texts, one line each.
     """
@@ -102,35 +97,35 @@ class Dataset:
     rows: Rows
     pad_id: int
     truncation: Truncation
+    token_labels: np.ndarray | None = None
+    offsets: np.ndarray | None = None
+    source: Source | None = None
     digest: str = ""
     warnings: tuple[str, ...] = ()
-
-    @classmethod
-    def from_texts(
-        cls, texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: FunnelTokenizer, max_length: int
-    ) -> "Dataset":
-        """Encodes unlabeled texts, or pairs of texts, in memory."""
-        encodings = tokenizer.encode(texts, pairs, max_length)
-        rows = _make_rows(encodings, np.full(len(texts), -1, dtype=np.int32), np.zeros(len(texts), np.uint64))
-        truncation = _measure_truncation(encodings)
-        return cls(_flatten(encodings, np.int32), rows, tokenizer.pad_id, truncation)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @cached_property
     def longest(self) -> int:
-        """Number of tokens of the longest example."""
+        """Number of tokens of the longest row."""
         return int(self.lengths.max())
 
     @property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each example, [n]."""
-        return self.rows.lengths
+        """Number of tokens of each row, [n]; of the longest choice of a question."""
+        return self.rows.lengths if self.rows.lengths.ndim == 1 else self.rows.lengths.max(1)
+
+    @property
+    def unit(self) -> str:
+        """What a row is, for messages."""
+        if self.rows.lengths.ndim == 2:
+            return "question"
+        return "example" if self.rows.examples is None else "window"
 
     @property
     def labels(self) -> np.ndarray:
-        """Label ids (int32) or scores (float32), [n]."""
+        """As in `Rows`."""
         return self.rows.labels
 
     @property
@@ -139,32 +134,38 @@ class Dataset:
         return self.rows.hashes
 
     def subset(self, index: np.ndarray) -> "Dataset":
-        """The examples with these row numbers, in the given order; shares the token ids."""
+        """The rows with these numbers, in the given order; shares the token ids."""
         return replace(self, rows=self.rows.take(index))
 
-    def input_ids(self, row: int) -> list[int]:
-        """The token ids of one example, without padding."""
-        start = self.rows.starts[row]
-        ids: list[int] = self.token_ids[start : start + self.lengths[row]].tolist()
-        return ids
+    def input_ids(self, row: int, choice: int = 0) -> list[int]:
+        """The token ids of one row, or of one of its choices, without padding."""
+        start, length = (np.atleast_1d(array[row])[choice] for array in (self.rows.starts, self.rows.lengths))
+        return [int(i) for i in self.token_ids[start : start + length]]
 
     def batch(self, index: np.ndarray, width: int | None = None) -> Batch:
-        """Collects the examples with these row numbers into a batch.
+        """Collects the rows with these numbers into a batch.
 
         Args:
-            width: the padded length; default: the length of the longest of these examples.
+            width: the padded length; default: the length of the longest of these rows.
         """
         width = width or int(self.lengths[index].max())
-        ids = np.full((len(index), width), self.pad_id, dtype=np.int64)
-        types = np.zeros((len(index), width), dtype=np.int64)
-        mask = np.zeros((len(index), width), dtype=np.int64)
-        starts, lengths, pair_starts, labels, _ = self.rows.take(index)
-        for i, (start, length, pair_start) in enumerate(zip(starts, lengths, pair_starts, strict=True)):
+        rows = self.rows.take(index)
+        shape = rows.lengths.shape  # [b] or [b, c]
+        ids = np.full((rows.lengths.size, width), self.pad_id, dtype=np.int64)
+        types = np.zeros_like(ids)
+        mask = np.zeros_like(ids)
+        token_labels = None if self.token_labels is None else np.full_like(ids, IGNORED)
+        where = zip(rows.starts.flat, rows.lengths.flat, rows.pair_starts.flat, strict=True)
+        for i, (start, length, pair_start) in enumerate(where):
             ids[i, :length] = self.token_ids[start : start + length]
             types[i, pair_start:length] = 1
             mask[i, :length] = 1
+            if self.token_labels is not None and token_labels is not None:
+                token_labels[i, :length] = self.token_labels[start : start + length]
         types[:, 0] = 2  # [CLS]
+        labels = rows.labels if token_labels is None else token_labels
         labels = labels.astype(np.int64) if labels.dtype == np.int32 else labels
+        ids, mask, types = (array.reshape(*shape, width) for array in (ids, mask, types))
         return text_batch(*(torch.from_numpy(array) for array in (ids, mask, types, labels)))
 
     def batches(self, batch_size: int, seed: int, *, start: int = 0, shard: Shard = WHOLE) -> Iterator[Batch]:
@@ -188,10 +189,11 @@ class Dataset:
             yield order[start : start + batch_size]
 
     def split(self, share: float, seed: int) -> tuple["Dataset", "Dataset"]:
-        """Splits at random into two datasets; the second gets `share` of the rows, stratified by class.
+        """Splits at random into two datasets; the second gets `share` of the examples, stratified by class.
 
-        Where a class's share is not a whole number of rows, the classes that lose most by rounding down get one more. A
-        class with a single row stays in the first dataset.
+        The windows of an example stay together, and so do groups of examples, such as the questions about a text; the share is
+        then that of the groups. Where a class's share is not a whole number, the classes that lose most by
+        rounding down get one more. A class with a single example stays in the first dataset.
 
         Args:
             share: between 0 and 1, exclusive.
@@ -200,147 +202,23 @@ class Dataset:
             FunnelError: one of the two would be empty.
         """
         random = np.random.default_rng(seed)
-        is_regression = self.labels.dtype == np.float32
-        classes = [] if is_regression else [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
-        groups = [random.permutation(group) for group in classes or [np.arange(len(self))]]
+        has_choices, examples = self.rows.lengths.ndim == 2, self.rows.groups
+        examples = self.rows.examples if examples is None else examples
+        if examples is None:
+            examples = np.unique(self.hashes, return_inverse=True)[1] if has_choices else np.arange(len(self))
+        has_classes = self.labels.ndim == 1 and self.labels.dtype == np.int32 and self.token_labels is None
+        has_classes &= not has_choices
+        classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)] if has_classes else []
+        groups = [random.permutation(group) for group in classes or [np.unique(examples)]]
         exact = np.array([len(group) * share for group in groups])
         counts = np.floor(exact).astype(int)
-        missing = round(len(self) * share) - int(counts.sum())
+        missing = round(sum(map(len, groups)) * share) - int(counts.sum())
         if missing > 0:
             counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
         chosen = [group[: min(count, len(group) - 1)] for group, count in zip(groups, counts, strict=True)]
-        second = np.sort(np.concatenate(chosen))
+        second = np.flatnonzero(np.isin(examples, np.concatenate(chosen)))
         if not 0 < len(second) < len(self):
             message = f"dev_share {share:g} of {len(self)} examples leaves train or dev empty"
             message += "; a class with a single text stays in train, so use a larger share or a separate dev file"
             raise FunnelError(message, "dev_share")
         return self.subset(np.setdiff1d(np.arange(len(self)), second)), self.subset(second)
-
-
-# --- encoding and cache -----------------------------------------------------------------------------------------------
-
-
-def encode_examples(
-    source: ExampleFile | InMemoryExamples, label_ids: Mapping[str, int] | None, tokenizer: FunnelTokenizer, max_length: int
-) -> Dataset:
-    """Reads and encodes examples, or opens the result of an earlier call in the cache.
-
-    Safe to call from several processes at once.
-
-    Args:
-        label_ids: label ids by the label as written in the file; None for regression, where labels are parsed as numbers.
-        max_length: maximum number of tokens, including the special ones; longer texts are truncated.
-
-    Raises:
-        FunnelError: the source is malformed, has an unknown or non-numeric label, or changed while it was read.
-    """
-    job = _EncodingJob(source, label_ids, tokenizer, max_length)
-    digest = source.digest()
-    folder = cache_dir() / "encoded" / job.cache_key(digest)
-    try:
-        return _open(folder, tokenizer.pad_id, digest)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):  # missing or damaged
-        shutil.rmtree(folder, ignore_errors=True)
-
-    def write(temporary: Path) -> None:
-        job.write(temporary)
-        if source.digest() != digest:
-            raise FunnelError(f"{getattr(source, 'path', 'examples')}: changed while being read; try again")
-
-    folder, is_cached = write_cache_entry(folder, write)
-    dataset = _open(folder, tokenizer.pad_id, digest)
-    if not is_cached:
-        weakref.finalize(dataset.token_ids, shutil.rmtree, folder, ignore_errors=True)
-    return dataset
-
-
-@dataclass(frozen=True)
-class _EncodingJob:
-    """What to encode, and how; the arguments of `encode_examples`."""
-
-    source: ExampleFile | InMemoryExamples
-    label_ids: Mapping[str, int] | None
-    tokenizer: FunnelTokenizer
-    max_length: int
-
-    def cache_key(self, digest: str) -> str:
-        """The name of the cache entry."""
-        labels = None if self.label_ids is None else sorted(self.label_ids.items())
-        key = [CACHE_VERSION, digest, self.tokenizer.tokenizer.to_str(), self.max_length, labels]
-        return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-
-    def write(self, folder: Path) -> None:
-        """Encodes the source chunk by chunk into the files of a folder."""
-        dtype = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.int32
-        label_dtype = np.float32 if self.label_ids is None else np.int32
-        chunks: list[Rows] = []
-        truncation, checks = Truncation(), TextChecks(self.tokenizer)
-        examples = self.source.rows()
-        with (folder / "ids.bin").open("wb") as file:
-            while chunk := list(itertools.islice(examples, CHUNK_SIZE)):
-                texts = [example.text for example in chunk]
-                pairs = None if chunk[0].pair is None else [example.pair or "" for example in chunk]
-                encodings = self.tokenizer.encode(texts, pairs, self.max_length)
-                ids = _flatten(encodings, dtype)
-                file.write(ids.tobytes())
-                labels = np.array([self._label(example) for example in chunk], label_dtype)
-                chunks.append(_make_rows(encodings, labels, hash_texts(texts, pairs)))
-                checks.update(chunk, ids, chunks[-1].starts)
-                truncation = truncation.merge(_measure_truncation(encodings))
-        rows = Rows(*(np.concatenate(arrays) for arrays in zip(*chunks, strict=True)))
-        rows = rows._replace(starts=_starts(rows.lengths))
-        np.savez(folder / "rows.npz", allow_pickle=False, **rows._asdict())
-        about = {"dtype": np.dtype(dtype).name, "truncation": list(truncation), "warnings": checks.warnings()}
-        write_json(folder / "about.json", about)
-
-    def _label(self, example: Example) -> float:
-        """An example's label id or score; -1 or nan without a label."""
-        if example.label is None:
-            return math.nan if self.label_ids is None else -1
-        if self.label_ids is not None:
-            if example.label not in self.label_ids:
-                raise self.source.error(example.line, _unknown_label(example.label, self.label_ids))
-            return self.label_ids[example.label]
-        score = parse_score(example.label)
-        if score is None:
-            raise self.source.error(example.line, f"label {example.label!r} is not a finite float32")
-        return score
-
-
-def _unknown_label(label: str, known: Iterable[str]) -> str:
-    """The message for a label that the training set does not have."""
-    similar = next((other for other in known if normalize_label(other) == normalize_label(label)), None)
-    hint = f"; only case, spaces or number format differ from {similar!r}" if similar is not None else ""
-    return f"unknown label {label!r}; the labels are {format_list(known)}{hint}"
-
-
-def _open(folder: Path, pad_id: int, digest: str) -> Dataset:
-    """Opens a cache entry. Raises one of several exceptions if it is missing or damaged."""
-    about = read_json(folder / "about.json")
-    token_ids = np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r")
-    with np.load(folder / "rows.npz") as arrays:
-        rows = Rows(**arrays)
-    if int(rows.starts[-1]) + int(rows.lengths[-1]) != len(token_ids):
-        raise ValueError(f"{folder}: damaged")
-    return Dataset(token_ids, rows, pad_id, Truncation(*about["truncation"]), digest, tuple(about["warnings"]))
-
-
-def _make_rows(encodings: Sequence[Encoding], labels: np.ndarray, hashes: np.ndarray) -> Rows:
-    """The rows of encoded examples whose token ids are concatenated."""
-    lengths = np.array([len(encoding.input_ids) for encoding in encodings], dtype=np.int32)
-    pair_starts = [e.token_type_ids.index(1) if e.token_type_ids[-1] == 1 else len(e.input_ids) for e in encodings]
-    return Rows(_starts(lengths), lengths, np.array(pair_starts, dtype=np.int32), labels, hashes)
-
-
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], lengths[:-1].cumsum(dtype=np.int64)])
-
-
-def _flatten(encodings: Iterable[Encoding], dtype: type) -> np.ndarray:
-    return np.concatenate([np.array(encoding.input_ids, dtype=dtype) for encoding in encodings])
-
-
-def _measure_truncation(encodings: Sequence[Encoding]) -> Truncation:
-    lost = [encoding.full_length - len(encoding.input_ids) for encoding in encodings]
-    lengths = [encoding.full_length for encoding in encodings]
-    return Truncation(sum(map(bool, lost)), sum(lost), sum(lengths), max(lengths))

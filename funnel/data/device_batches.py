@@ -4,7 +4,7 @@ On a CPU, these are the batches of `Dataset`. On CUDA, batches are padded to one
 and gathered on the device from a copy of the dataset; if that would take too much memory, a background thread assembles
 them.
 
-Shapes: b examples, l tokens of a padded batch, n examples in a dataset, t tokens of all texts.
+Shapes: b rows, l tokens of a padded batch, n rows of a dataset, t tokens of all texts, c choices.
 """
 
 import queue
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from funnel.data.batches import WHOLE, Batch, BatchRows, Shard, text_batch
-from funnel.data.dataset import Dataset
+from funnel.data.dataset import IGNORED, Dataset
 
 MIN_STEP = 8  # between padded lengths
 MAX_MEMORY_SHARE = 1 / 8  # of the free memory of a device, for a dataset
@@ -40,30 +40,37 @@ class DeviceDataset:
     """A copy of a dataset on a device, from which batches are gathered; only row numbers are copied per batch."""
 
     def __init__(self, dataset: Dataset, device: torch.device) -> None:
-        starts, lengths, pair_starts, labels, _ = dataset.rows
+        starts, lengths, pair_starts, labels, *_ = dataset.rows
         self.device, self.pad_id = device, dataset.pad_id
         self.token_ids = torch.from_numpy(dataset.token_ids.astype(np.int32)).to(device)  # [t]
-        # [n, 1] each, to be compared with columns
+        self.token_labels = None
+        if dataset.token_labels is not None:
+            self.token_labels = torch.from_numpy(np.array(dataset.token_labels)).to(device)  # [t]
+        # [n, 1] each, or [n, c, 1], to be compared with columns
         self.starts, self.lengths, self.pair_starts = (
-            torch.from_numpy(array.astype(np.int64)).to(device).unsqueeze(1) for array in (starts, lengths, pair_starts)
+            torch.from_numpy(array.astype(np.int64)).to(device).unsqueeze(-1) for array in (starts, lengths, pair_starts)
         )
-        self.labels = torch.from_numpy(labels.astype(np.int64) if labels.dtype == np.int32 else labels).to(device)  # [n]
+        self.labels = torch.from_numpy(labels.astype(np.int64) if labels.dtype == np.int32 else labels).to(device)  # [n, ...]
 
     @staticmethod
     def size(dataset: Dataset) -> int:
         """Memory on the device, in bytes."""
-        return 4 * len(dataset.token_ids) + 4 * 8 * len(dataset)
+        per_token = 4 if dataset.token_labels is None else 8
+        return per_token * len(dataset.token_ids) + 3 * 8 * dataset.rows.lengths.size + 8 * dataset.labels.size
 
     def batch(self, rows: np.ndarray, length: int) -> Batch:
         """The same as `Dataset.batch`, on the device."""
         index = upload(torch.from_numpy(rows), self.device)
         column = torch.arange(length, device=self.device)
-        is_token = column < self.lengths[index]  # [b, l]
+        is_token = column < self.lengths[index]  # [b, l], or [b, c, l]
         position = (self.starts[index] + column).masked_fill_(~is_token, 0)
         ids = self.token_ids[position].long().masked_fill_(~is_token, self.pad_id)
         types = ((column >= self.pair_starts[index]) & is_token).long()
-        types[:, 0].fill_(2)  # [CLS]
-        return text_batch(ids, is_token.long(), types, self.labels[index])
+        types[..., 0].fill_(2)  # [CLS]
+        labels = self.labels[index]
+        if self.token_labels is not None:
+            labels = self.token_labels[position].long().masked_fill_(~is_token, IGNORED)
+        return text_batch(ids, is_token.long(), types, labels)
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -9,13 +9,14 @@ No row is skipped or repaired silently:
   fields, missing or duplicate columns, blank lines between rows.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from funnel.data.formats import (
     DIALECTS,
@@ -35,12 +36,47 @@ MAX_SCORE = 3.4028234663852886e38  # the largest finite float32
 Column = str | int
 
 
+class Source(Protocol):
+    """Where examples come from: a file, or memory."""
+
+    def rows(self) -> Iterator[Any]:
+        """Yields the examples in order.
+
+        Raises:
+            FunnelError: the source is empty, unreadable or malformed.
+        """
+
+    def digest(self) -> str:
+        """A checksum of the content and of the options for reading it."""
+
+    def error(self, line: int | str, message: str) -> FunnelError:
+        """An error located at an example."""
+
+
+class SourceFile(Source, Protocol):
+    """A file of examples."""
+
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+
+    @property
+    def text_columns(self) -> tuple[Any, ...]:
+        """What the texts are called."""
+
+    def in_folder(self, folder: Path) -> Any:
+        """The same file with its path taken relative to `folder`."""
+
+    def iter_texts(self) -> Iterator[str]:
+        """Yields all texts."""
+
+
 class Example(NamedTuple):
     """One example.
 
     Attributes:
         text, pair: the text and, for tasks on pairs, the second text.
-        label: the label as written in the file; None if the file has no labels.
+        label: the label as written in the file, a list of labels as JSON; None if the file has no labels.
         line: where the example starts, for error messages: the number of a line (json: item, parquet: row), or the path of
             a file in a folder.
         extra: the values of `ExampleFile.extra_columns`; those of json and parquet that are not strings are JSON.
@@ -51,6 +87,11 @@ class Example(NamedTuple):
     label: str | None
     line: int | str
     extra: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of a multi-label example: those of a JSON list, otherwise the parts between commas; none if empty."""
+        return parse_labels(self.label or "")
 
 
 class InMemoryExamples(NamedTuple):
@@ -239,14 +280,16 @@ class ExampleFile:
         return [first_row.index(str(column)) for column in columns]
 
     def _select_fields(self, number: int, values: dict[str, Any]) -> list[str]:
-        """The selected columns of a JSON object; labels may be numbers or booleans."""
+        """The selected columns of a JSON object; labels may be numbers, booleans or lists."""
         fields = []
         for i, column in enumerate(self.all_columns):
             if column not in values:
                 raise self.error(number, f"no field {column!r}; the fields are {format_list(values)}")
             value, is_extra, is_label = values[str(column)], i >= len(self.columns), column == self.label_column
-            if not isinstance(value, str) and not is_extra and not (is_label and isinstance(value, bool | int | float)):
-                expected = "a string or number" if is_label else "a string"
+            is_labels = is_label and isinstance(value, list) and all(isinstance(item, str | int) for item in value)
+            is_score = is_label and isinstance(value, bool | int | float)
+            if not (isinstance(value, str) or is_extra or is_labels or is_score):
+                expected = "a string, a number, or a list of strings" if is_label else "a string"
                 if isinstance(value, dict) and file_format(self.path) == "json":
                     expected += "; write a list of objects, one per example (in pandas, orient='records')"
                 raise self.error(number, f"{column!r} is {_to_json(value)[:60]}; expected {expected}")
@@ -294,6 +337,16 @@ def is_utf8(text: str) -> bool:
 def unescape(text: str) -> str:
     r"""Replaces the escapes `\n` and `\"` of Zhang et al.'s files with a line break and a quote."""
     return text.replace("\\n", "\n").replace('\\"', '"')
+
+
+def parse_labels(text: str) -> list[str]:
+    """The labels in a list: JSON, or separated by commas."""
+    if text.startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            values = json.loads(text)
+            if isinstance(values, list):
+                return list(dict.fromkeys(value if isinstance(value, str) else _to_json(value) for value in values))
+    return list(dict.fromkeys(label.strip() for label in text.split(",") if label.strip()))
 
 
 def parse_score(label: str) -> float | None:

@@ -122,6 +122,17 @@ def read_objects(path: Path, columns: Iterable[str]) -> Iterator[tuple[int, dict
     return ((number, _parse_object(line, path, number)) for number, line in lines)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The fields of a file that contains one JSON object, whatever its name."""
+    text = "".join(read_lines(path))
+    if not text.strip():
+        raise FunnelError(f"{path}: empty; expected a JSON object")
+    values = _parse_json(text, path, 1)
+    if not isinstance(values, dict):
+        raise FunnelError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
 def read_column_names(path: Path, dialect: Dialect | None = None) -> list[str]:
     """The column names of a file: its header, or the fields of its first object.
 
@@ -328,42 +339,48 @@ def _read_parquet(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[st
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.suffix.lower() == ".xz":  # corpora only; `check_file` rejects it
+def open_file(path: Path) -> BinaryIO:
+    """Opens a file, decompressed if its name ends in .gz or .xz."""
+    if path.suffix.lower() == ".xz":  # corpora and SQuAD's format only; `check_file` rejects it
         return cast(BinaryIO, lzma.open(path))
     return cast(BinaryIO, gzip.open(path) if is_gzipped(path) else path.open("rb"))
 
 
-def read_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path, max_bytes: int | None = None) -> Iterator[str]:
     """Yields the lines of a UTF-8 text file, with their line endings and without a byte-order mark.
+
+    Args:
+        max_bytes: maximum length of a line; default: `MAX_LINE_BYTES`.
 
     Raises:
         FunnelError: the file cannot be read, or as in `decode_lines`.
     """
-    with os_errors(path), _open(path) as file:
-        yield from decode_lines(file, path)
+    with os_errors(path), open_file(path) as file:
+        yield from decode_lines(file, path, max_bytes)
 
 
-def decode_lines(file: BinaryIO, name: str | Path) -> Iterator[str]:
+def decode_lines(file: BinaryIO, name: str | Path, max_bytes: int | None = None) -> Iterator[str]:
     """Yields the lines of an open UTF-8 file, with their line endings and without a byte-order mark.
 
     Args:
         name: the file's name in error messages.
+        max_bytes: maximum length of a line; default: `MAX_LINE_BYTES`.
 
     Raises:
-        FunnelError: a line cannot be read, is not UTF-8, contains a NUL byte, or exceeds `MAX_LINE_BYTES`.
+        FunnelError: a line cannot be read, is not UTF-8, contains a NUL byte, or is too long.
     """
+    max_bytes = max_bytes or MAX_LINE_BYTES
     for number in itertools.count(1):
         try:
-            line = file.readline(MAX_LINE_BYTES + 1)
+            line = file.readline(max_bytes + 1)
         except READ_ERRORS as error:
             raise _row_error(name, number, f"cannot read ({error_reason(error)})") from None
         if not line:
             return
         if number == 1:
             _check_signature(line, name)
-        if len(line) > MAX_LINE_BYTES:
-            raise _row_error(name, number, f"longer than {MAX_LINE_BYTES:,} bytes; is this a text file?")
+        if len(line) > max_bytes:
+            raise _row_error(name, number, f"longer than {max_bytes:,} bytes; is this a text file?")
         if b"\0" in line:
             hint = "; if the file is UTF-16, convert it to UTF-8" if number == 1 else ""
             raise _row_error(name, number, f"contains a NUL byte{hint}")

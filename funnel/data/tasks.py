@@ -1,6 +1,6 @@
 """The tasks: their files, columns, labels, metrics and default hyperparameters.
 
-To add a task, add an entry to `TASKS`. The user's own files become a task too (`CUSTOM`; see `funnel.data.custom`).
+To add a task, add an entry to `_TASKS`. The user's own files become a task too (`CUSTOM`; see `funnel.problems.task_args`).
 """
 
 import os
@@ -10,36 +10,41 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from funnel.data import demo
-from funnel.data.custom import PROBLEMS, ColumnChoice, find_files, infer_labels, open_dev_file, open_examples
+from funnel.data.choices import ChoiceFile
 from funnel.data.download import Archive, fetch
-from funnel.data.files import Column, ExampleFile, InMemoryExamples
-from funnel.data.formats import check_file
+from funnel.data.files import Column, ExampleFile, InMemoryExamples, SourceFile
 from funnel.data.mrpc import build_mrpc
-from funnel.errors import FunnelError, format_list
+from funnel.data.squad import SquadFile
+from funnel.data.tagged import TaggedFile
+from funnel.errors import FunnelError
 from funnel.io import cache_dir
-from funnel.options import check_options, option
 
-DEFAULT_DEV_SHARE = 0.1  # of the training examples, without a dev file
 CUSTOM = "custom"  # name of a task made of the user's own files
-CLASSIFICATION_METRICS = ("accuracy", "f1 (macro)")  # of the user's own files
 REGRESSION_METRICS = ("pearson", "spearman", "rmse")
+SPAN_METRICS = ("f1", "exact")
+SPAN_METRICS_WITH_UNANSWERABLE = (*SPAN_METRICS, "has-answer f1", "no-answer f1")
+TOKEN_METRICS = ("f1", "precision", "recall", "accuracy")  # of entities; accuracy is that of all tags
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification or regression task.
+    """A task: its files, labels and default hyperparameters.
 
     Attributes:
         name: identifier.
         title: the benchmark's name, for messages; also the name of the task's folder in a copy of GLUE.
-        labels: label names by the label as written in the file, in the order of their ids; None for regression.
-        metrics: names as in `funnel.training.metrics.get_metric`. The first one selects the best checkpoint.
+        labels: label names by the label as written in the file, in the order of their ids; None without classes.
+        metrics: names as in `Problem.metrics`. The first one selects the best checkpoint.
         batch_size, epochs, learning_rate, max_length: default hyperparameters for pretrained weights.
+        problem: kind of problem, a key of `funnel.problems.registry.PROBLEMS`; default: by whether there are labels.
+        steps: default number of training steps, instead of `epochs`.
+        warmup, layer_lr_decay: further default hyperparameters.
         files: labeled examples by split: "train" and "dev", and further sets to evaluate on ("dev_mismatched"). Custom
             tasks may lack "dev". Paths are relative to the task's folder until `locate_files` has found it.
         tests: unlabeled files, by the file name that the GLUE server expects for their predictions.
         archives: what to download.
         build: adds files to the unpacked archives, as in `funnel.data.download.fetch`.
+        encoding: settings of the problem's encoder that differ from its defaults, by name.
         description: summary of custom files, to be printed; "" for other tasks.
         warnings: suspected problems with custom files, one line each.
     """
@@ -52,35 +57,39 @@ class Task:
     epochs: float
     learning_rate: float
     max_length: int = 128
-    files: Mapping[str, ExampleFile | InMemoryExamples] = field(default_factory=dict)
+    problem: str = ""
+    steps: int | None = None
+    warmup: float = 0.1
+    layer_lr_decay: float = 1.0
+    files: Mapping[str, SourceFile | InMemoryExamples] = field(default_factory=dict)
     tests: Mapping[str, ExampleFile] = field(default_factory=dict)
     archives: tuple[Archive, ...] = ()
     build: Callable[[Path, Path], None] | None = None
+    encoding: Mapping[str, int] = field(default_factory=dict)
     description: str = ""
     warnings: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.problem:
+            object.__setattr__(self, "problem", "regression" if self.labels is None else "classification")
+
     @property
     def label_names(self) -> list[str] | None:
-        """The names of the classes in the order of their ids; None for regression."""
+        """The names of the classes in the order of their ids; None without classes."""
         return None if self.labels is None else list(self.labels.values())
 
     @property
-    def num_labels(self) -> int:
-        """Number of classes; 1 for regression."""
-        return 1 if self.labels is None else len(self.labels)
-
-    @property
     def label_ids(self) -> dict[str, int] | None:
-        """Label ids by the label as written in the file; None for regression."""
+        """Label ids by the label as written in the file; None without classes."""
         return None if self.labels is None else {label: i for i, label in enumerate(self.labels)}
 
     @property
     def text_columns(self) -> tuple[Column, ...]:
         """The columns of the text, or of the two texts of a pair; none for a text that is joined from several columns."""
         train = self.files.get("train")
-        if not isinstance(train, ExampleFile):
+        if train is None or isinstance(train, InMemoryExamples):
             return ("sentence",)
-        return () if train.joined else train.text_columns
+        return () if isinstance(train, ExampleFile) and train.joined else train.text_columns
 
 
 # --- the table of tasks -----------------------------------------------------------------------------------------------
@@ -88,6 +97,8 @@ class Task:
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
 FAST_AI_URL = "https://s3.amazonaws.com/fast-ai-nlp"
+SQUAD_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
+WNUT17_URL = "https://raw.githubusercontent.com/leondz/emerging_entities_17/master"
 
 SENTENCE: tuple[Column, ...] = ("sentence",)
 SENTENCE_PAIR: tuple[Column, ...] = ("sentence1", "sentence2")
@@ -108,6 +119,9 @@ AG_NEWS = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
 DBPEDIA = {"1": "Company", "2": "EducationalInstitution", "3": "Artist", "4": "Athlete", "5": "OfficeHolder",
            "6": "MeanOfTransportation", "7": "Building", "8": "NaturalPlace", "9": "Village", "10": "Animal", "11": "Plant",
            "12": "Album", "13": "Film", "14": "WrittenWork"}  # fmt: skip
+WNUT17 = ("O", *(f"{prefix}-{kind}" for kind in ("corporation", "creative-work", "group", "location", "person", "product")
+                 for prefix in "BI"))  # fmt: skip
+RACE_FOLDERS = {"train": "train", "dev": "dev", "dev_middle": "dev/middle", "dev_high": "dev/high"}
 
 
 def _tsv(name: str, text_columns: tuple[Column, ...], label_column: Column | None = None) -> ExampleFile:
@@ -135,9 +149,38 @@ def _zhang_archive(name: str, size: int) -> tuple[Archive, ...]:
     return (Archive(f"{FAST_AI_URL}/{name}_csv.tgz", f"size:{size}"),)
 
 
+def _squad(name: str, title: str, metrics: tuple[str, ...], checksums: tuple[str, str]) -> Task:
+    """A version of SQuAD, with the settings of github.com/laiguokun/Funnel-Transformer."""
+    version = "v2.0" if name == "squad2" else "v1.1"
+    names = {split: f"{split}-{version}.json" for split in ("train", "dev")}
+    return Task(
+        name, title, None, metrics, 48, 0, 3e-5, 512, problem="answer-spans", steps=8000, warmup=0.125, layer_lr_decay=0.75,
+        files={split: SquadFile(Path(file)) for split, file in names.items()}, build=_copy_json,
+        archives=tuple(
+            Archive(f"{SQUAD_URL}/{file}", f"sha256:{checksum}")
+            for file, checksum in zip(names.values(), checksums, strict=True)
+        ),
+    )  # fmt: skip
+
+
+def _copy_json(downloads: Path, unpacked: Path) -> None:
+    """Puts files that are not archives beside the unpacked ones."""
+    unpacked.mkdir(parents=True, exist_ok=True)
+    for path in downloads.glob("*.json"):
+        shutil.copy(path, unpacked)
+
+
 def _copy_diagnostics(downloads: Path, unpacked: Path) -> None:
     """Puts GLUE's diagnostic set beside MNLI's other files."""
     shutil.copy(downloads / "AX.tsv", _find_folder(unpacked, "test_matched.tsv") or unpacked)
+
+
+def _copy_wnut17(downloads: Path, unpacked: Path) -> None:
+    """Puts WNUT-17's files, which are not in an archive, where unpacked files are."""
+    unpacked.mkdir(exist_ok=True)
+    for file in get_task("wnut17").files.values():
+        assert isinstance(file, TaggedFile)
+        shutil.copy(downloads / file.path, unpacked)
 
 
 def _find_folder(folder: Path, name: str) -> Path | None:
@@ -199,6 +242,10 @@ _TASKS = (
                 for split, folder in (("train", "train"), ("dev", "test"))},
          archives=(Archive("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
                            "sha256:c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"),)),
+    # Settings of the authors' README (TensorFlow, "Finetuning on RACE") and tensorflow/race.py. "dev" is both levels.
+    Task("race", "RACE", None, ("accuracy",), 16, 4.4, 2e-5, 512, problem="multiple-choice", steps=24_000,
+         files={split: ChoiceFile(Path(folder)) for split, folder in RACE_FOLDERS.items()},
+         archives=(Archive("http://www.cs.cmu.edu/~glai1/data/race/RACE.tar.gz", "size:25443609"),)),
     Task("ag", "AG News", AG_NEWS, ("accuracy",), 32, 3, 2e-5,
          files=_zhang_files(2), archives=_zhang_archive("ag_news", 11784419)),
     Task("dbpedia", "DBpedia", DBPEDIA, ("accuracy",), 64, 3, 2e-5,
@@ -211,6 +258,24 @@ _TASKS = (
          files=_zhang_files(2), archives=_zhang_archive("amazon_review_polarity", 688339454)),
     Task("amazon5", "Amazon-5", STARS, ("accuracy",), 128, 3, 2e-5, 512,
          files=_zhang_files(2), archives=_zhang_archive("amazon_review_full", 643695014)),
+    _squad("squad", "SQuAD 1.1", SPAN_METRICS,
+           ("3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
+            "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9")),
+    _squad("squad2", "SQuAD 2.0", SPAN_METRICS_WITH_UNANSWERABLE,
+           ("68dcfbb971bd3e96d5b46c7177b16c1a4e7d4bdef19fb204502738552dede002",
+            "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8")),
+    # Published results on WNUT-17 are F1 on test. Batch size, epochs, learning rate: from the grid in BERT's appendix A.3.
+    Task("wnut17", "WNUT-17", {tag: tag for tag in WNUT17}, TOKEN_METRICS, 16, 4, 5e-5, problem="token-labels",
+         build=_copy_wnut17,
+         files={"train": TaggedFile(Path("wnut17train.conll")), "dev": TaggedFile(Path("emerging.dev.conll")),
+                "test": TaggedFile(Path("emerging.test.annotated"))},
+         archives=(
+             Archive(f"{WNUT17_URL}/wnut17train.conll",
+                     "sha256:731820e13f71af324c6b55a1575ec2ce59fbaa2a0806f8f0400b98d56cd6a7a5"),
+             Archive(f"{WNUT17_URL}/emerging.dev.conll",
+                     "sha256:e053b752b8155113ca66e7db08af5f2f5f43ab993694e4774f1ec5bad42312d8"),
+             Archive(f"{WNUT17_URL}/emerging.test.annotated",
+                     "sha256:2aa79b764e56ec9264a1b30fdd9b70195bd00ff400b62edd8f399d5f13c178f0"))),
 )  # fmt: skip
 TASKS = {task.name: task for task in _TASKS}
 
@@ -250,7 +315,7 @@ def locate_files(task: Task, folder: Path | None) -> Task:
             raise FunnelError(f"data {folder}: the demo task has no files; choose another task", "data")
         train, dev = demo.examples()
         return replace(task, files={"train": train, "dev": dev})
-    files = {split: file for split, file in task.files.items() if isinstance(file, ExampleFile)}
+    files = {split: file for split, file in task.files.items() if not isinstance(file, InMemoryExamples)}
     if folder is None:
         folder = _download(task)
     elif not os.path.isdir(folder):
@@ -270,147 +335,10 @@ def locate_files(task: Task, folder: Path | None) -> Task:
 def _download(task: Task) -> Path:
     """The folder in the cache with a task's files, which are downloaded if necessary."""
     train = task.files["train"]
-    assert isinstance(train, ExampleFile)
+    assert not isinstance(train, InMemoryExamples)
     folder = cache_dir() / "data" / task.name
     unpacked = fetch(task.archives, folder, task.build)
     files = _find_folder(unpacked, train.path.name)
     if files is None:
         raise FunnelError(f"{unpacked}: {task.title}'s archive has no {train.path}; delete {folder} and try again")
     return files
-
-
-# --- options ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TaskArgs:
-    """The options that select a task and its files.
-
-    Raises:
-        FunnelError: a value is invalid, the task is unknown, `dev` is combined with `dev_share`, an option for custom files is
-            set for another task, or the metric does not apply to the task (that of custom files is checked by `load_task`).
-    """
-
-    task: str | None = option(
-        None, f"one of {', '.join(TASKS)}; default: demo, or a custom task if data is given", metavar="NAME"
-    )
-    data: Path | None = option(
-        None,
-        "folder with the task's files as published (default: download them), or, without a task, your own .csv, .tsv, "
-        ".jsonl, .json or .parquet file, or a folder with a train and a dev file",
-        metavar="PATH",
-    )
-    dev: Path | None = option(None, "your own file to evaluate on (default: a random split of the data)", metavar="FILE")
-    dev_share: float | None = option(
-        None,
-        f"fraction of your own data to evaluate on, stratified by class (default: {DEFAULT_DEV_SHARE})",
-        bounds="(0, 1)",
-        metavar="SHARE",
-    )
-    text_column: str | None = option(
-        None, "column of the texts in your own data; 0, 1, … if it has no header (default: text or sentence)", metavar="NAME"
-    )
-    text_pair_column: str | None = option(
-        None, "column of the second texts, for tasks on pairs (default: none)", metavar="NAME"
-    )
-    label_column: str | None = option(None, "column of the labels in your own data (default: label)", metavar="NAME")
-    problem: str | None = option(None, "kind of task (default: inferred from the labels)", choices=PROBLEMS)
-    metric: str | None = option(
-        None,
-        "metric that selects the best checkpoint: accuracy, f1, 'f1 (macro)', 'f1 (LABEL)', matthews, pearson, spearman, rmse "
-        "or loss (default: the task's; your own data: accuracy or pearson)",
-        metavar="NAME",
-    )
-    positive_label: str | None = option(
-        None, "class of your own data whose F1 is computed (default: the mean F1 of all classes)", metavar="LABEL"
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if self.task is not None:
-            get_task(self.task)
-        if self.dev is not None and self.dev_share is not None:
-            raise FunnelError("dev_share cannot be combined with a dev file; use one of them", "dev_share")
-        if self.task is None and self.data is not None:
-            return
-        for name in ("dev", "dev_share", "text_column", "text_pair_column", "label_column", "problem", "positive_label"):
-            if getattr(self, name) is not None:
-                reason = f"task {self.task} defines its own" if self.task else "none is given"
-                raise FunnelError(f"{name} only applies to your own data; {reason}", name)
-        if self.metric is not None:
-            _with_metric(get_task(self.task or "demo"), self.metric)
-
-
-def load_task(args: TaskArgs) -> Task:
-    """The selected task with its files located, downloaded if necessary. Custom files are summarized in `description`.
-
-    Raises:
-        FunnelError: a file is missing, malformed or cannot be downloaded, or the metric does not apply to the task.
-    """
-    task = _locate_task(args)
-    return task if args.metric is None else _with_metric(task, args.metric)
-
-
-def _locate_task(args: TaskArgs) -> Task:
-    if args.task is None and args.data is not None:
-        return _custom_task(args, args.data)
-    if args.data is not None and os.path.isfile(args.data):
-        found = f"expected a folder as data, found a file ({args.data.name})"
-        raise FunnelError(f"task {args.task}: {found}; to train on your own file, pass no task", "task")
-    return locate_files(get_task(args.task or "demo"), args.data)
-
-
-def _with_metric(task: Task, metric: str) -> Task:
-    """The task with `metric` as the one that selects the best checkpoint.
-
-    Args:
-        metric: "f1" stands for the task's F1, whichever it is.
-
-    Raises:
-        FunnelError: the metric does not apply to the task.
-    """
-    if task.label_names is None:
-        names = ["pearson", "spearman", "rmse", "loss"]
-    else:
-        names = ["accuracy", "matthews", "loss", "f1 (macro)", *(f"f1 ({label})" for label in task.label_names)]
-    own_f1 = next((name for name in task.metrics if name.startswith("f1")), None)
-    chosen = own_f1 if metric == "f1" and own_f1 else metric
-    if chosen not in {*names, own_f1}:
-        choices = format_list(["f1", *names] if own_f1 else names)
-        raise FunnelError(f"metric {metric!r} does not apply to {task.title}; choose from {choices}", "metric")
-    return replace(task, metrics=tuple(dict.fromkeys([chosen, *task.metrics])))
-
-
-def _custom_task(args: TaskArgs, data: Path) -> Task:
-    """A task made of the user's own files; its hyperparameters are those of QNLI and AG News."""
-    paths = find_files(data) if os.path.isdir(data) else {"train": data}
-    if args.dev is not None:
-        paths["dev"] = args.dev
-    if args.dev_share is not None and "dev" in paths:
-        raise FunnelError(f"dev_share cannot be combined with the dev file {paths['dev']}; use one of them", "dev_share")
-    for path in paths.values():
-        check_file(path, "dev" if path == args.dev else "data")  # before either is read
-    train = open_examples(paths["train"], ColumnChoice(args.text_column, args.text_pair_column, args.label_column))
-    files = {"train": train}
-    if "dev" in paths:
-        files["dev"] = open_dev_file(paths["dev"], train, "data" if args.dev is None else "dev")
-    labels = infer_labels(train, args.problem)
-    metrics = REGRESSION_METRICS if labels.names is None else CLASSIFICATION_METRICS
-    if args.positive_label is not None:
-        metrics = ("accuracy", f"f1 ({_check_positive_label(args.positive_label, labels.names)})")
-    lines = [*dict.fromkeys(file.description for file in files.values()), labels.description]
-    task = Task(CUSTOM, data.resolve().name, labels.names, metrics, 32, 3, 2e-5, files=files, warnings=labels.warnings)
-    return replace(task, description="\n".join(lines))
-
-
-def _check_positive_label(label: str, names: Mapping[str, str] | None) -> str:
-    """Returns the label, if it is one of the classes."""
-    if names is None:
-        raise FunnelError(f"positive_label {label!r}: the labels are scores, not classes; omit it", "positive_label")
-    if label not in names.values():
-        raise FunnelError(f"unknown positive_label {label!r}; choose from {format_list(names.values())}", "positive_label")
-    if label == "macro":
-        raise FunnelError(
-            "positive_label 'macro': 'f1 (macro)' is the mean over all classes; rename the label", "positive_label"
-        )
-    return label

@@ -14,10 +14,11 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordPiece
@@ -406,13 +407,16 @@ class FunnelTokenizer:
             if len(pairs) != len(texts):
                 found = f"{plural(len(texts), 'text')} but {plural(len(pairs), 'second text')}"
                 raise FunnelError(f"{found}: pairs needs one for each text", "pairs")
-        special = 2 if pairs is None else 2 + self.separators
-        if not special < max_length < 2**31:
-            message = f"invalid max_length {max_length}: expected more than the {special} special tokens, and below 2**31"
-            raise FunnelError(message, "max_length")
+        self.check_max_length(max_length, 2 if pairs is None else 2 + self.separators)
         first = self.encode_plain(texts)
         second = self.encode_plain(pairs) if pairs is not None else itertools.repeat(None, len(first))
         return [self._join(ids, pair_ids, max_length) for ids, pair_ids in zip(first, second, strict=True)]
+
+    def check_max_length(self, max_length: int, special: int = 2) -> None:
+        """Raises FunnelError if a maximum length leaves no room for text besides the special tokens."""
+        if not special < max_length < 2**31:
+            message = f"invalid max_length {max_length}: expected more than the {special} special tokens, and below 2**31"
+            raise FunnelError(message, "max_length")
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of texts, in parallel, without special tokens and without truncation.
@@ -420,8 +424,26 @@ class FunnelTokenizer:
         Raises:
             FunnelError: a text cannot be encoded.
         """
+        return [encoding.ids for encoding in self._encode_batch(texts, self.tokenizer.encode_batch_fast)]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The token ids of texts, [t] each, as `encode_plain`, with their positions in the text, [t, 2] each, int32.
+
+        A position is that of the token's first character and the one after its last. With some tokenizers, it includes the
+        space before a word.
+
+        Raises:
+            FunnelError: a text cannot be encoded.
+        """
+        return [
+            (np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2))
+            for encoding in self._encode_batch(texts, self.tokenizer.encode_batch)
+        ]
+
+    def _encode_batch(self, texts: Sequence[str], encode: Callable[..., list[Any]]) -> list[Any]:
+        """Encodes texts with a method of the library; raises FunnelError if one cannot be encoded."""
         try:
-            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            return encode(texts, add_special_tokens=False)
         except Exception as error:  # the library raises plain Exception, for instance if [UNK] is missing
             for text in texts:
                 if not is_utf8(text):

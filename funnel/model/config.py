@@ -106,6 +106,9 @@ class FunnelConfig:
             shifted by `label_mean`, so that scores have the labels' units while weights and gradients stay of order 1.
         model_max_length: the number of tokens to which texts were truncated in fine-tuning; None if unknown.
         text_columns: names of the training file's text columns; two for text pairs, none if unknown.
+        decision_threshold: found on dev; multi-label: a class is predicted if its probability is higher; None for the default.
+            Answer spans: there is no answer if the score of "no answer" exceeds that of the best span by more; None if every
+            question has an answer.
 
     Raises:
         FunnelError: a field has an invalid value; the message names both.
@@ -143,6 +146,7 @@ class FunnelConfig:
     label_std: float = 1.0
     model_max_length: int | None = None
     text_columns: tuple[str, ...] = ()
+    decision_threshold: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _check_blocks(self.blocks))  # the dataclass is frozen
@@ -173,6 +177,9 @@ class FunnelConfig:
         self._check("label_std", _is_number(self.label_std) and 0 < self.label_std < math.inf, "a positive number")
         length = self.model_max_length
         self._check("model_max_length", length is None or (_is_int(length) and length > 0), "a positive integer")
+        threshold = self.decision_threshold
+        is_number = threshold is None or (_is_number(threshold) and math.isfinite(threshold))
+        self._check("decision_threshold", is_number, "a finite number or null")
         columns = self.text_columns
         self._check("text_columns", isinstance(columns, (list, tuple)) and all(isinstance(c, str) for c in columns), "names")
         object.__setattr__(self, "text_columns", tuple(columns))

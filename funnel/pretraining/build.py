@@ -27,7 +27,7 @@ from funnel.training.run_dir import RunDir
 from funnel.weights import surgery
 from funnel.weights.build import WeightsArgs
 from funnel.weights.load import OpenedSource, Source, open_source, resolve
-from funnel.weights.surgery import LayerPlan
+from funnel.weights.surgery import NEW_DECODER_LAYERS, LayerPlan
 
 # What each objective trains.
 MODELS: dict[str, type[FunnelPreTrainedModel]] = {
@@ -35,7 +35,6 @@ MODELS: dict[str, type[FunnelPreTrainedModel]] = {
     "mlm": FunnelForMaskedLM,
     "distill": FunnelModel,
 }
-DECODER_LAYERS = 2  # of the released models
 HEAD_SIZE = 64  # of the released models
 DEFAULT_VOCAB = 30522  # BERT's size
 # BERT's. Word embeddings are tied to the output layer; with a deviation of 1, the first predictions are confidently wrong.
@@ -65,9 +64,6 @@ class ModelArgs(WeightsArgs):
     d_model: int | None = option(None, "new model: hidden size (default: 768)", bounds="[2, 1e6]")
     n_head: int | None = option(None, f"new model: attention heads (default: one per {HEAD_SIZE} features)", bounds="[1, 1e6]")
     d_inner: int | None = option(None, "new model: feed-forward size (default: 4 times the hidden size)", bounds="[1, 1e7]")
-    decoder_layers: int | None = option(
-        None, f"layers after upsampling (default: those of the weights, or {DECODER_LAYERS})", metavar="N", bounds="[0, 999]"
-    )
 
     @property
     def source(self) -> str | None:
@@ -159,7 +155,7 @@ def _new_model(args: ModelArgs, train_tokenizer: Callable[[int], FunnelTokenizer
     config = FunnelConfig(
         vocab_size=tokenizer.vocab_size,
         blocks=parse_blocks(args.blocks or "4,4,4"),
-        num_decoder_layers=DECODER_LAYERS if args.decoder_layers is None else args.decoder_layers,
+        num_decoder_layers=NEW_DECODER_LAYERS if args.decoder_layers is None else args.decoder_layers,
         d_model=d_model,
         n_head=n_head,
         d_head=max(1, d_model // n_head),
@@ -193,12 +189,8 @@ def principal_components(table: Tensor, width: int) -> Tensor:
 def _from_weights(args: ModelArgs, opened: OpenedSource) -> PretrainModel:
     """A model with the weights of a source, possibly in another layout."""
     config = opened.config if args.blocks is None else opened.config.replace(blocks=args.blocks)
-    decoder_layers = args.decoder_layers
-    if decoder_layers is None:
-        is_new = config.num_decoder_layers == 0 and len(config.blocks) > 1
-        decoder_layers = DECODER_LAYERS if is_new else config.num_decoder_layers
     config = surgery.relabel(config, {0: "LABEL_0", 1: "LABEL_1"}, "single_label_classification")
-    config = config.replace(num_decoder_layers=decoder_layers)
+    config = config.replace(num_decoder_layers=surgery.decoder_layers(config, args.decoder_layers))
     plan = args.plan_layers(opened.config, config)
     check_memory(config, BYTES_PER_WEIGHT)
     source = opened.load()
@@ -208,15 +200,11 @@ def _from_weights(args: ModelArgs, opened: OpenedSource) -> PretrainModel:
     cls = MODELS[args.objective]
     model = cls(config)
     weights = surgery.apply_plan(source.weights, plan, model.state_dict())
-    has_decoder = decoder_layers == source.config.num_decoder_layers and any(n.startswith("decoder.") for n in weights)
-    if decoder_layers and not has_decoder:
-        surgery.make_decoder_identity(model)
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("decoder.")}
-        weights |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("decoder.")}
+    weights, has_new_decoder = surgery.add_decoder(source, weights, model)
     new_head = load_weights(model, weights, str(args.source))
     new = sum(row.start != "keep" for row in plan)
     parts = [f"blocks {source.config.layout}", f"{plural(new, 'new layer')}: {args.init}" if new else "all layers kept"]
-    parts += ["new decoder"] * (decoder_layers > 0 and not has_decoder) + ["new head"] * bool(new_head)
+    parts += ["new decoder"] * has_new_decoder + ["new head"] * bool(new_head)
     return PretrainModel(model, tokenizer, plan, f"{args.source} ({', '.join(parts)})", opened.folder)
 
 

@@ -1,8 +1,10 @@
 """The arguments that train.py and pretrain.py have in common."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from funnel.data.tasks import Task
 from funnel.errors import FunnelError
 from funnel.options import option
 from funnel.training.device import DEVICES, DTYPES
@@ -44,3 +46,15 @@ class RunArgs:
             raise FunnelError("out: missing; to resume a run, give its folder", "out")
         if self.fsdp and self.dtype == "fp16":
             raise FunnelError("fsdp: does not support fp16; choose the dtype bf16 or fp32", "fsdp")
+
+
+def with_task_defaults(args: Any, task: Task) -> Any:
+    """The arguments of train.py with the task's hyperparameters where none are set; either epochs or steps."""
+    defaults: dict[str, Any] = {
+        "batch_size": task.batch_size,
+        "warmup": task.warmup,
+        "layer_lr_decay": task.layer_lr_decay,
+    }
+    if args.epochs is None and args.steps is None:
+        defaults |= {"steps": task.steps} if task.steps else {"epochs": task.epochs}
+    return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from funnel.data.batches import Batch
 from funnel.errors import FunnelError, exit_silently, plural
 from funnel.training.device import seed_step
-from funnel.training.evaluate import Evaluation, check_finite_logits
+from funnel.training.evaluate import Evaluation, check_finite
 from funnel.training.loss import first_value
 from funnel.training.optim import LinearWarmupDecay, full_tensor
 from funnel.training.state import TrainComponents
@@ -62,10 +62,10 @@ class NonFiniteGuard:
             self._fail(bad_step, self._diagnose(bad_step) or "loss and gradients are finite when recomputed")
 
     def check_evaluation(self, step: int, results: Mapping[str, Evaluation]) -> None:
-        """Raises FunnelError if an evaluation's logits are not finite. All ranks must call it, with all logits."""
-        for split, (logits, _) in results.items():
+        """Raises FunnelError if an evaluation's outputs are not finite. All ranks must call it, with all outputs."""
+        for split, (values, _) in results.items():
             try:
-                check_finite_logits(logits, split, self.components.dtype)
+                check_finite(values, split, self.components.dtype)
             except FunnelError as error:
                 if not self.components.dist.is_main:
                     exit_silently(2)

@@ -3,23 +3,23 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funnel.data.batches import Batch
+from funnel.options import option
+from funnel.problems.base import Problem
+
+CLASS_WEIGHTS = ("balanced",)
 
 
-def loss_function(logits: Tensor, labels: Tensor, label_std: float = 1.0) -> Tensor:
-    """Mean cross-entropy for label ids, mean squared error for float labels. logits [b, n_outputs], labels [b].
+@dataclass(frozen=True)
+class LossArgs:
+    """Options for the loss of problems with classes."""
 
-    Args:
-        label_std: unit of the errors, which are divided by it before squaring. Training uses the labels' standard deviation
-            (`FunnelConfig.label_std`), so that gradients do not depend on the labels' scale; with 1, the loss is in the labels'
-            own units.
-    """
-    if labels.is_floating_point():
-        return ((logits.float().squeeze(1) - labels) / label_std).square().mean()
-    return F.cross_entropy(logits.float(), labels)
+    label_smoothing: float = option(0.0, "share of the target that is spread over all classes", bounds="[0, 1)")
+    class_weights: str | None = option(
+        None, "balanced: weight each class by the inverse of its frequency (default: equal weights)", choices=CLASS_WEIGHTS
+    )
 
 
 def first_value(values: Tensor) -> Tensor:
@@ -29,21 +29,13 @@ def first_value(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Computes the mean loss of a batch with a model.
+    """Computes the mean loss of a batch with a model."""
 
-    Attributes:
-        label_std: as in `loss_function`.
-    """
-
-    label_std: float = 1.0
+    problem: Problem
 
     def settings(self) -> dict[str, Any]:
         """Settings of a run that a resumed run must share."""
         return {}
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.from_logits(model(**batch.inputs), batch.labels)
-
-    def from_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of logits, [b, n_outputs]."""
-        return loss_function(logits, labels, self.label_std)
+        return self.problem.loss(model(**batch.inputs), batch.labels)

@@ -4,16 +4,16 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 from tqdm import tqdm
 
 from funnel.data.checks import compare_sets
 from funnel.data.dataset import Dataset
 from funnel.data.tasks import CUSTOM, Task
-from funnel.errors import format_list, plural
+from funnel.errors import plural
 from funnel.io import read_json
 from funnel.options import RANDOM
-from funnel.training.error_analysis import EVALUATION_FILE, single_class_warning
+from funnel.problems.base import Problem
+from funnel.problems.error_analysis import EVALUATION_FILE, single_class_warning
 from funnel.training.evaluate import Evaluation
 from funnel.training.run_dir import RunDir
 from funnel.training.state import TrainComponents, TrainState
@@ -88,6 +88,8 @@ class Progress:
         """
         if not self.run.is_main:
             return  # rank 0 may still be writing the files
+        if self.state.stopped_early:
+            print(f"\nstopped early: {plural(self.state.not_better, 'evaluation')} without a better one", end="")
         print(f"\nlast on dev: {format_scores(self.state.last)}")
         if self.state.best:
             print(f"best on dev: {format_scores(self.state.best)}")
@@ -125,16 +127,17 @@ def _format_score(value: float) -> str:
     return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.3g}"
 
 
-def print_data(task: Task, train_set: Dataset, eval_sets: Mapping[str, Dataset]) -> None:
-    """Prints the sizes of the datasets, and warnings about them."""
+def print_data(task: Task, problem: Problem, sets: Mapping[str, Dataset]) -> None:
+    """Prints the sizes of the datasets, "train" among them, and warnings about them."""
     if task.description:
         print(task.description)
+    train_set, eval_sets = sets["train"], {split: dataset for split, dataset in sets.items() if split != "train"}
     sizes = ", ".join(f"{len(dataset):,} in {split}" for split, dataset in eval_sets.items())
-    print(f"{task.title}: {plural(len(train_set), 'training example')}, {sizes}")
+    print(f"{task.title}: {plural(len(train_set), f'training {train_set.unit}')}, {sizes}")
     for warning in task.warnings:
         print(f"warning: {warning}")
-    for split, dataset in {"train": train_set, **eval_sets}.items():
-        if split != "train" and split not in task.files:
+    for split, dataset in sets.items():
+        if split not in task.files:
             continue  # split off the training file, whose warnings cover it
         name = "train" if "dev" in task.files else "train and dev"
         for warning in [str(dataset.truncation)] * (dataset.truncation.texts > 0) + list(dataset.warnings):
@@ -142,11 +145,8 @@ def print_data(task: Task, train_set: Dataset, eval_sets: Mapping[str, Dataset])
     if task.name == CUSTOM:
         for warning in compare_sets(task, train_set, eval_sets):
             print(f"warning: {warning}")
-    if task.label_names is not None:
-        missing = np.setdiff1d(train_set.labels, eval_sets["dev"].labels)
-        if len(missing):
-            names = format_list(task.label_names[i] for i in missing)
-            print(f"warning: {plural(len(missing), 'class')} without an example in dev: {names}")
+    for warning in problem.compare_classes(train_set, eval_sets["dev"]):
+        print(f"warning: {warning}")
 
 
 def print_banner(run: RunDir, components: TrainComponents, origin: str, note: str = "") -> None:

@@ -41,8 +41,8 @@ from funnel.io import (
 from funnel.model.checkpoint import CONFIG, TOKENIZER, Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from funnel.model.heads import MODELS
 from funnel.options import RANDOM, option_types
+from funnel.problems.error_analysis import EVALUATION_FILE
 from funnel.training.distributed import Distributed
-from funnel.training.error_analysis import EVALUATION_FILE, analyze_errors
 from funnel.training.optim import MAX_WARMUP_STEPS
 from funnel.training.state import STATE_VERSION, TrainComponents, TrainState
 
@@ -140,7 +140,7 @@ class RunDir:
         state = self.checkpoint.state if self.checkpoint else TrainState()
         old_steps = state.total_steps
         warmup = min(0.1, MAX_WARMUP_STEPS / derived["steps"]) if args.warmup is None else args.warmup
-        duration = "epochs" if hasattr(args, "epochs") else "steps"  # the argument that determines the number of steps
+        duration = "steps" if args.steps is not None else "epochs"  # the argument that determines the number of steps
 
         def start_on_main() -> Path:
             if args.resume:
@@ -236,18 +236,24 @@ class RunDir:
                 self._save("last", components, weights, write_state)
             self._saved = (state.step, state.evaluated_step)
         if self.is_main and state.is_finished:
+            if state.stopped_early:
+                record = read_json(self.folder / "run.json")
+                record["settings"]["stopped_at"] = state.step
+                write_json(self.folder / "run.json", record)
             for older in folder_versions(self.folder / "last")[1:]:
                 shutil.rmtree(older, ignore_errors=True)
 
-    def save_best(self, components: TrainComponents, logits: Tensor, dataset: Dataset) -> None:
+    def save_best(self, components: TrainComponents, results: Tensor, dataset: Dataset) -> None:
         """Saves the checkpoint of the best evaluation with its error analysis. All ranks must call it.
 
         Args:
-            logits: of the evaluation's dataset, [n_examples, n_outputs].
+            results: of the evaluation's dataset, as in `Evaluation`.
         """
-        weights = components.dist.model_state(components.model)
+        weights, problem = components.dist.model_state(components.model), components.problem
+        assert problem is not None, "pretraining has no best checkpoint"
+        components.model.config = components.model.config.replace(decision_threshold=problem.threshold)
         if self.is_main:
-            evaluation = analyze_errors(logits, dataset, components.model.config, components.tokenizer)
+            evaluation = problem.analyze(results, dataset, components.tokenizer)
             self._save("best", components, weights, lambda folder: write_json(folder / EVALUATION_FILE, evaluation))
 
     def _save(

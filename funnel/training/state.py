@@ -14,11 +14,12 @@ from funnel.data.batches import Batch
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError, plural
 from funnel.model.heads import FunnelPreTrainedModel
+from funnel.problems.base import Problem
+from funnel.problems.metrics import selection_key
 from funnel.training.device import autocast
 from funnel.training.distributed import Distributed
-from funnel.training.metrics import selection_key
 
-STATE_VERSION = 3  # of training_state.pt
+STATE_VERSION = 4  # of training_state.pt
 LOSS_SMOOTHING = 0.05  # weight of the newest loss in the running mean
 
 
@@ -33,6 +34,7 @@ class TrainComponents:
         scaler: disabled unless `dtype` is "fp16".
         dtype: dtype of matrix products, a key of `DTYPES`.
         loss: computes the loss of a micro-batch with a module: a scalar, or [k] with the loss first and other values to log.
+        problem: what is trained; None in pretraining.
         save_more: writes further files into the folder of a checkpoint to resume from; called with the folder and the state
             dict of `module`.
     """
@@ -45,6 +47,7 @@ class TrainComponents:
     scaler: torch.amp.GradScaler
     dtype: str
     loss: Callable[[nn.Module, Batch], Tensor]
+    problem: Problem | None = None
     save_more: Callable[[Path, dict[str, Tensor]], None] | None = None
 
     @property
@@ -71,6 +74,8 @@ class TrainState:
         schedule_start, warmup: first step and warmup fraction of the learning-rate schedule, which ends with the last step.
         evaluated_step: step of the last evaluation.
         best, last: evaluations on dev: step, loss and metrics by name.
+        not_better: number of evaluations since the best one.
+        stopped_early: whether the run ended because evaluations did not get better.
         mean_loss: running mean of the training loss, on the device; for a regression, of standardized labels. In pretraining,
             [k]: of the loss and the other values that the objective returns.
         optimizer, scaler: state dicts, filled when the state is saved or loaded.
@@ -83,14 +88,21 @@ class TrainState:
     evaluated_step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
+    not_better: int = 0
+    stopped_early: bool = False
     mean_loss: Tensor | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def is_done(self) -> bool:
+        """Whether there are no steps left to take."""
+        return self.step == self.total_steps or self.stopped_early
+
+    @property
     def is_finished(self) -> bool:
         """Whether all steps and the last evaluation are done."""
-        return self.step == self.total_steps == self.evaluated_step > 0
+        return self.is_done and self.step == self.evaluated_step > 0
 
     def plan_steps(self, total_steps: int, warmup: float, parameter: str = "epochs") -> None:
         """Starts a new learning-rate schedule at the current step, unless the state already has one for `total_steps`.
@@ -127,18 +139,23 @@ class TrainState:
         mean = torch.where(self.mean_loss.isfinite(), self.mean_loss.lerp(loss, LOSS_SMOOTHING), loss)
         self.mean_loss = torch.where(loss.isfinite(), mean, self.mean_loss)  # fp16 skips steps that are not finite
 
-    def record_evaluation(self, scores: Mapping[str, float], metric: str | None = None) -> bool:
+    def record_evaluation(self, scores: Mapping[str, float], metric: str | None = None, patience: int | None = None) -> bool:
         """Records an evaluation on dev; returns whether it is the best so far by `metric`; a lower loss breaks ties.
 
         Without a metric, as in pretraining, no evaluation is the best one.
+
+        Args:
+            patience: the run ends after this number of evaluations that were not better than the best one.
         """
         self.evaluated_step = self.step
         self.last = {"step": self.step, **scores}
         if metric is None:
             return False
         if self.best and selection_key(scores, metric) <= selection_key(self.best, metric):
+            self.not_better += 1
+            self.stopped_early = patience is not None and self.not_better >= patience
             return False
-        self.best = self.last
+        self.best, self.not_better = self.last, 0
         return True
 
     def restore(self, components: TrainComponents) -> None:

@@ -26,12 +26,14 @@ from funnel.model.checkpoint import best_checkpoint, load_checkpoint, load_weigh
 from funnel.model.config import FunnelConfig
 from funnel.model.heads import FunnelForSequenceClassification, FunnelPreTrainedModel
 from funnel.options import option
+from funnel.problems.base import Problem
 from funnel.training.loss import TaskLoss
 
 TEMPERATURE = 2.0  # as in DistilBERT (arXiv 1910.01108)
 # Weight of the [CLS] states. PKD tried 10 to 1000 for the mean over 768 features, which is 0.013 to 1.3 for their sum.
 CLS_WEIGHT = 0.1
 DEFAULT_TEACHER_WEIGHT = 0.5
+DISTILLABLE = ("classification", "regression")  # problems
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,12 @@ class DistillationLoss:
     """Computes the mean loss of a batch with a model and a teacher.
 
     Attributes:
-        task_loss: that of the labels.
+        problem: has the loss of the labels.
         teacher: on the model's device.
         weight: of the teacher's outputs, a.
     """
 
-    task_loss: TaskLoss
+    problem: Problem
     teacher: Teacher
     weight: float
 
@@ -168,15 +170,11 @@ class DistillationLoss:
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         logits, cls = model(**batch.inputs, output_cls=True)
         expected, teacher_cls = self.teacher(**batch.inputs)
-        teacher_loss = teacher_loss_function(logits, expected, self.task_loss.label_std if self.is_regression else None)
+        label_std = self.problem.config.label_std if self.problem.name == "regression" else None
+        teacher_loss = teacher_loss_function(logits, expected, label_std)
         if cls.shape == teacher_cls.shape:
             teacher_loss = teacher_loss + CLS_WEIGHT * cls_distance(cls, teacher_cls)
-        return (1 - self.weight) * self.task_loss.from_logits(logits, batch.labels) + self.weight * teacher_loss
-
-    @property
-    def is_regression(self) -> bool:
-        """Whether the outputs are scores."""
-        return self.teacher.model.config.problem_type == "regression"
+        return (1 - self.weight) * self.problem.loss(logits, batch.labels) + self.weight * teacher_loss
 
 
 def teacher_loss_function(logits: Tensor, teacher: Tensor, label_std: float | None) -> Tensor:
@@ -197,18 +195,21 @@ def cls_distance(cls: Tensor, teacher: Tensor) -> Tensor:
 
 
 def training_loss(
-    args: TeacherArgs, model: FunnelForSequenceClassification, tokenizer: FunnelTokenizer, device: torch.device
+    args: TeacherArgs, problem: Problem, tokenizer: FunnelTokenizer, device: torch.device
 ) -> TaskLoss | DistillationLoss:
     """Builds the training loss, with a teacher if there is one.
 
     Args:
+        problem: with the config of the model to train.
         device: that of the training.
 
     Raises:
         FunnelError: the teacher cannot be used.
     """
-    task_loss = TaskLoss(model.config.label_std)
+    problem.to(device)
     if args.teacher is None:
-        return task_loss
-    teacher = Teacher.load(args.teacher, model.config, tokenizer)
-    return DistillationLoss(task_loss, teacher.to(device), args.teacher_weight)
+        return TaskLoss(problem)
+    if problem.name not in DISTILLABLE:
+        raise FunnelError(f"teacher: not available for a {problem.title}, only for {format_list(DISTILLABLE)}", "teacher")
+    teacher = Teacher.load(args.teacher, problem.config, tokenizer)
+    return DistillationLoss(problem, teacher.to(device), args.teacher_weight)

@@ -2,9 +2,9 @@
 
 A layer of these models is a Funnel layer with ordinary attention instead of relative attention; positions and token types
 are embeddings at the input (MPNet also has a bias by distance). So a model becomes one block that computes the same
-function. Text classifiers, masked language models and ELECTRA's discriminators keep their head. The pooler of BERT and ALBERT,
-a pretrained part of their classifiers, becomes `classifier.linear_hidden`, which a bare model and a masked language model keep
-as well.
+function. Classifiers of texts and tokens, masked language models and ELECTRA's discriminators keep their head. The pooler of
+BERT and ALBERT, a pretrained part of their text classifiers, becomes `classifier.linear_hidden`, which a bare model and a
+masked language model keep as well.
 
 To add a family, add its `model_type` to `config.MODEL_TYPES` and an entry to `FAMILIES` here.
 """
@@ -26,7 +26,18 @@ from funnel.weights.key_map import ConvertedWeights, Format, RawCheckpoint, chec
 
 CLASSIFIER, BARE = "FunnelForSequenceClassification", "FunnelBaseModel"
 MASKED_LM, DISCRIMINATOR = "FunnelForMaskedLM", "FunnelForPreTraining"
-SUFFIXES = {CLASSIFIER: "ForSequenceClassification", BARE: "Model", MASKED_LM: "ForMaskedLM", DISCRIMINATOR: "ForPreTraining"}
+TOKEN_CLASSIFIER, SPANS = "FunnelForTokenClassification", "FunnelForQuestionAnswering"
+CHOICE = "FunnelForMultipleChoice"
+SUFFIXES = {
+    CLASSIFIER: "ForSequenceClassification",
+    TOKEN_CLASSIFIER: "ForTokenClassification",
+    BARE: "Model",
+    MASKED_LM: "ForMaskedLM",
+    DISCRIMINATOR: "ForPreTraining",
+    SPANS: "ForQuestionAnswering",
+    CHOICE: "ForMultipleChoice",
+}
+SPAN_HEAD = {f"qa_outputs.{kind}": f"qa_outputs.{kind}" for kind in ("weight", "bias")}  # of all families
 TASK_FIELDS = ("id2label", "problem_type", "label_mean", "label_std", "model_max_length", "text_columns")  # of classifiers
 # Config fields without an effect on what a model of one block without relative attention computes.
 WITHOUT_EFFECT = (
@@ -90,6 +101,7 @@ _MPNET = _body(
     *("intermediate.dense", "output.dense", "output.LayerNorm"),
 )
 _OUTPUT = {"classifier": "classifier.linear_out"}
+_TOKEN_OUTPUT = {"classifier": "classifier"}  # the same in all families
 _DENSE_AND_OUTPUT = {"classifier.dense": "classifier.linear_hidden", "classifier.out_proj": "classifier.linear_out"}
 
 
@@ -199,6 +211,7 @@ class Family(NamedTuple):
         classifier_act: activation of the text classifier.
         first_position_follows_padding: positions start at pad_token_id + 1 instead of 0.
         supported: the only supported values of other fields of its config.
+        choice_dense: the first layer of a multiple-choice head, if it is not that of a text classifier.
     """
 
     title: str
@@ -214,11 +227,13 @@ class Family(NamedTuple):
     classifier_act: str = "tanh"
     first_position_follows_padding: bool = False
     supported: Mapping[str, Any] = {}
+    choice_dense: str = ""
 
 
 _ROBERTA = Family(
     *("RoBERTa", "Roberta", "roberta.", _BERT, _DENSE_AND_OUTPUT, _TYPED_FIELDS, _ROBERTA_LM),
     first_position_follows_padding=True,
+    choice_dense="roberta.pooler.dense",
 )
 FAMILIES: dict[str, Family] = {
     "bert": Family(
@@ -254,6 +269,7 @@ FAMILIES: dict[str, Family] = {
         _ELECTRA_LM,
         _DISCRIMINATOR,
         classifier_act="gelu",
+        choice_dense="sequence_summary.summary",
     ),
     "albert": Family(
         "ALBERT",
@@ -280,6 +296,7 @@ FAMILIES: dict[str, Family] = {
         _ROBERTA_LM,
         first_position_follows_padding=True,
         supported={"relative_attention_num_buckets": 32, "pad_token_id": 1},  # transformers hard-codes these
+        choice_dense="mpnet.pooler.dense",
     ),
 }
 
@@ -408,13 +425,14 @@ def _check_supported(values: Mapping[str, Any], family: Family, path: Path) -> N
             raise FunnelError(f"{path}: {name} {values[name]!r} is not supported, only {value!r}")
 
 
-def _is_classifier(values: Mapping[str, Any]) -> bool:
-    return read_architecture(values).endswith("ForSequenceClassification")
+def _classifier(values: Mapping[str, Any]) -> str | None:
+    """Our class of a classifier of texts or tokens; None for other models."""
+    return next((ours for ours in (CLASSIFIER, TOKEN_CLASSIFIER) if read_architecture(values).endswith(SUFFIXES[ours])), None)
 
 
 def _task_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Config fields of a text classifier; none for other models."""
-    if not _is_classifier(values):
+    """Config fields of a classifier; none for other models."""
+    if _classifier(values) is None:
         return {}
     fields = {name: values[name] for name in TASK_FIELDS if values.get(name) is not None}
     if isinstance(length := fields.get("model_max_length"), int) and length > MAX_SIZE:
@@ -435,11 +453,13 @@ def convert(raw: RawCheckpoint) -> ConvertedWeights:
     """
     config, family = raw.config, FAMILIES[raw.config.family]
     bare_names = {_bare_name(name, family): name for name in raw.tensors}
-    architecture: str = CLASSIFIER
+    architecture = _classifier(raw.config_values)
     head: Mapping[str, str] = {}
-    if not _is_classifier(raw.config_values):
-        architecture, head = _pretraining_head(config, {bare: raw.tensors[name] for bare, name in bare_names.items()})
+    if architecture is None:
+        architecture, head = _detect_head(config, {bare: raw.tensors[name] for bare, name in bare_names.items()})
     table = {**family.body, **(family.head if architecture == CLASSIFIER else {})}
+    if architecture == TOKEN_CLASSIFIER:  # without the pooler, which some checkpoints have
+        table = {theirs: ours for theirs, ours in table.items() if not ours.startswith("classifier.")} | _TOKEN_OUTPUT
     weights, unused = {}, {}
     for bare, name in bare_names.items():
         module, _, parameter = bare.rpartition(".")
@@ -464,12 +484,14 @@ def _bare_name(name: str, family: Family) -> str:
     return name.removeprefix(family.prefix).replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
 
 
-def _pretraining_head(config: FunnelConfig, tensors: Mapping[str, Tensor]) -> tuple[str, Mapping[str, str]]:
+def _detect_head(config: FunnelConfig, tensors: Mapping[str, Tensor]) -> tuple[str, Mapping[str, str]]:
     """The model class that has the same head as the weights, and the names of the head's weights -> ours.
 
     A head that is incomplete, or that our models do not have, is left out.
     """
     family = FAMILIES[config.family]
+    if all(name in tensors for name in SPAN_HEAD) and len(tensors["qa_outputs.bias"]) == 2:
+        return SPANS, SPAN_HEAD
     if all(name in tensors for name in family.lm_head.table()) and _has_our_lm_head(config, tensors):
         return MASKED_LM, family.lm_head.table()
     if family.discriminator and all(name in tensors for name in family.discriminator):
@@ -503,8 +525,11 @@ def write_bert(folder: Path, saved: Checkpoint) -> None:
     _check_representable(saved, values)
     prefix = "" if saved.architecture == BARE else family.prefix
     table = {ours: prefix + theirs for theirs, ours in family.body.items()}
-    table |= {ours: theirs for theirs, ours in family.head.items() if ours not in table}
-    head = {ours: theirs for theirs, ours in {**family.lm_head.table(), **family.discriminator}.items()}
+    outputs = _TOKEN_OUTPUT if saved.architecture == TOKEN_CLASSIFIER else family.head
+    table |= {ours: theirs for theirs, ours in outputs.items() if ours not in table}
+    if saved.architecture == CHOICE and family.choice_dense:
+        table |= {"classifier.linear_hidden": family.choice_dense, "classifier.linear_out": "classifier"}
+    head = {ours: theirs for theirs, ours in {**family.lm_head.table(), **family.discriminator, **SPAN_HEAD}.items()}
     weights: dict[str, Tensor] = {}
     for name, tensor in scale_output(saved, config.label_std, config.label_mean).items():
         module, _, parameter = name.replace("encoder.blocks.0.", "layer.").rpartition(".")
@@ -518,7 +543,7 @@ def write_bert(folder: Path, saved: Checkpoint) -> None:
 def _config_values(saved: Checkpoint) -> dict[str, Any]:
     """The contents of transformers' config.json."""
     config, family = saved.config, FAMILIES[saved.config.family]
-    is_classifier = saved.architecture == CLASSIFIER
+    is_classifier = saved.architecture in (CLASSIFIER, TOKEN_CLASSIFIER)
     fields = config.to_dict()
     values: dict[str, Any] = {
         "model_type": config.family,
@@ -555,8 +580,9 @@ def _check_representable(saved: Checkpoint, values: Mapping[str, Any]) -> None:
         readable = parse_config(values, Path(CONFIG)).to_dict()
     except FunnelError as error:
         raise not_in_transformers(saved, f"such {title} ({str(error).removeprefix(f'{CONFIG}: ')})") from None
-    ignored = {*WITHOUT_EFFECT, *(() if saved.architecture == CLASSIFIER else (*TASK_FIELDS, "label2id"))}
-    if saved.architecture in (MASKED_LM, DISCRIMINATOR):  # these have a decoder
+    is_classifier = saved.architecture in (CLASSIFIER, TOKEN_CLASSIFIER)
+    ignored = {*WITHOUT_EFFECT, *(() if is_classifier else (*TASK_FIELDS, "label2id"))}
+    if saved.architecture in (MASKED_LM, DISCRIMINATOR, TOKEN_CLASSIFIER, SPANS):  # these have a decoder
         ignored.remove("num_decoder_layers")
     if saved.architecture != MASKED_LM:
         ignored.add("lm_head_transform")

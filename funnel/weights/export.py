@@ -1,10 +1,11 @@
-"""Exporting models: for transformers, or a classifier in one file that runs without this project, ONNX or a PyTorch exported
-program.
+"""Exporting models: for transformers, or a text classifier or multiple-choice model in one file that runs without this project,
+ONNX or a PyTorch exported program.
 
-The files take input_ids, attention_mask and token_type_ids, [b, l] int64 each, for any batch size and length, and return the
-logits. They use the eager attention backend, whose operations both formats support. Inputs are padded to a multiple of
-2**(blocks - 1) inside the graph; this does not change results (see pooling.py) and lets one graph serve all lengths. A text
-that is longer than the table of absolute positions is an error at run time.
+The files take input_ids, attention_mask and token_type_ids, int64, [b, l] each, for multiple choice [b, c, l], of any sizes,
+and return the logits, [b, k], of tokens [b, l, k], of choices [b, c]. They use the eager attention backend, whose operations
+both formats support. Inputs are padded to a multiple of 2**(blocks - 1) inside the graph; this does not change results (see
+pooling.py) and lets one graph serve all lengths. A text that is longer than the table of absolute positions is an error at run
+time.
 
 ONNX files can be quantized. That is dynamic: the weights are stored in int8, with a scale per output channel, and onnxruntime
 rounds the other operand of each product to 8 bits at run time. Embeddings are int8, too. The products of two hidden states in
@@ -30,11 +31,18 @@ from funnel.io import write_json
 from funnel.model import checkpoint
 from funnel.model.checkpoint import Checkpoint
 from funnel.model.config import FunnelConfig
-from funnel.model.heads import MODELS, FunnelForSequenceClassification, FunnelPreTrainedModel
+from funnel.model.heads import MODELS, FunnelPreTrainedModel
 from funnel.weights import bert_family, huggingface
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 UNITS = ("label_mean", "label_std")  # config fields that the graph applies
+# Dimensions of the inputs, by the architectures that can be exported.
+AXES = {
+    "FunnelForSequenceClassification": ("batch", "length"),
+    "FunnelForTokenClassification": ("batch", "length"),
+    "FunnelForQuestionAnswering": ("batch", "length"),
+    "FunnelForMultipleChoice": ("batch", "choices", "length"),
+}
 OPSET = 18  # native to PyTorch's exporter: needs no version conversion
 
 
@@ -47,29 +55,36 @@ class PaddedModel(nn.Module):
         self.multiple = 2 ** (len(model.config.blocks) - 1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        """Logits of the model; if every token has some, without those of the padding."""
         inputs = torch.stack([input_ids, attention_mask, token_type_ids])  # tells the exporter that the shapes are equal
-        length = inputs.shape[2]
+        length = inputs.shape[-1]
         # At least three multiples: exporters specialize on dimensions of size one.
         padded_length = ((length - 1) // self.multiple + 3) * self.multiple
-        return self.model(*F.pad(inputs, (0, padded_length - length)).unbind())
+        logits = self.model(*F.pad(inputs, (0, padded_length - length)).unbind())
+        if not self.model.has_decoder:
+            return logits
+        return logits.index_select(1, torch.arange(length, device=logits.device))  # a slice would limit the length
 
 
 def export_torch(model: FunnelPreTrainedModel) -> torch.export.ExportedProgram:
-    """Exports a classifier; `torch.export.save` writes the program, `.module()` makes it callable.
+    """Exports a model with a head in `AXES`; `torch.export.save` writes the program, `.module()` makes it callable.
 
     Raises:
-        FunnelError: the model is not a sequence classifier. Other heads have one output per token, including padding.
+        FunnelError: the model has another head.
     """
-    _check_is_classifier(type(model).__name__)
-    example = tuple(torch.ones(2, 9, dtype=torch.int64) for _ in INPUTS)  # a shared tensor would be a single input
-    dynamic_shape = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1)}
+    axes = _input_axes(type(model).__name__)
+    shape = (2, 3, 9) if len(axes) == 3 else (2, 9)
+    example = tuple(torch.ones(shape, dtype=torch.int64) for _ in INPUTS)  # a shared tensor would be a single input
+    dynamic_shape = {number: torch.export.Dim(name, min=1) for number, name in enumerate(axes)}
     with _silence_exporter():
         return torch.export.export(PaddedModel(model.eval()), example, dynamic_shapes=(dynamic_shape,) * 3, strict=False)
 
 
-def _check_is_classifier(architecture: str) -> None:
-    if architecture != FunnelForSequenceClassification.__name__:
-        raise FunnelError(f"cannot export a {architecture}, only a {FunnelForSequenceClassification.__name__}")
+def _input_axes(architecture: str) -> tuple[str, ...]:
+    """The axes of a model's inputs."""
+    if architecture not in AXES:
+        raise FunnelError(f"cannot export a {architecture}, only {', '.join(AXES)}")
+    return AXES[architecture]
 
 
 def export_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -140,15 +155,15 @@ def write_transformers(folder: Path, saved: Checkpoint) -> None:
 
 
 def write_onnx(folder: Path, saved: Checkpoint) -> None:
-    """Writes model.onnx and config.json of a classifier into an existing folder.
+    """Writes model.onnx and config.json of a classifier or another model in `EXPORTABLE` into an existing folder.
 
     config.json says how to use the graph: names of its inputs, maximum length, text columns and labels. The graph returns a
     regression's scores in the units of the labels.
 
     Raises:
-        FunnelError: the checkpoint is not a sequence classifier, or the extra "onnx" is not installed.
+        FunnelError: the checkpoint has another head, or the extra "onnx" is not installed.
     """
-    _check_is_classifier(saved.architecture)  # a bare model may have a pooler, which would be unexpected below
+    _input_axes(saved.architecture)  # a bare model may have a pooler, which would be unexpected below
     model = MODELS[saved.architecture](saved.config)
     model.load_state_dict(saved.weights)
     export_onnx(export_torch(model), folder / "model.onnx")

@@ -143,7 +143,9 @@ def write_huggingface(folder: Path, saved: Checkpoint) -> None:
         raise not_in_transformers(saved, "Funnel-Transformer with lm_head_transform True in the masked-LM head")
     is_bare = saved.architecture in ("FunnelModel", "FunnelBaseModel")
     config = saved.config
-    if saved.architecture == "FunnelForQuestionAnswering":  # transformers creates as many outputs as there are labels
+    # transformers creates as many outputs for answer spans as there are labels, and rejects a single label for multiple choice.
+    is_single = saved.architecture == "FunnelForMultipleChoice" and config.num_labels == 1
+    if saved.architecture == "FunnelForQuestionAnswering" or is_single:
         config = config.replace(id2label={0: "LABEL_0", 1: "LABEL_1"})
     weights = {}
     for name, tensor in scale_output(saved, config.label_std, config.label_mean).items():
@@ -156,7 +158,8 @@ def write_huggingface(folder: Path, saved: Checkpoint) -> None:
 
 def not_in_transformers(saved: Checkpoint, what: str) -> FunnelError:
     """The error for a model that transformers does not have."""
-    advice = "; export it to ONNX instead" if saved.architecture == "FunnelForSequenceClassification" else ""
+    has_onnx = saved.architecture in ("FunnelForSequenceClassification", "FunnelForMultipleChoice")
+    advice = "; export it to ONNX instead" if has_onnx else ""
     return FunnelError(f"transformers has no {what}{advice}")
 
 

@@ -33,6 +33,7 @@ SHARED = ("d_model", "n_head", "d_head", "d_inner", "embedding_size", "relative_
 OUTPUT_LAYERS = ("classifier.linear_out", "classifier")  # of sequence and token classifiers: one row per label
 LABELED = (FunnelForSequenceClassification, FunnelForTokenClassification)
 MAX_LISTED_LABELS = 6
+NEW_DECODER_LAYERS = 2  # as in the released models
 
 
 class LayerPlan(NamedTuple):
@@ -299,6 +300,37 @@ def _calibrate_norm(norm: nn.Module, inputs: tuple[Tensor]) -> None:
 
 
 @torch.no_grad()
+def decoder_layers(config: FunnelConfig, requested: int | None) -> int:
+    """The number of decoder layers of a model that needs a decoder.
+
+    Args:
+        config: of the weights, in the new layout.
+        requested: None for that of the weights, or, if they have none and there is something to upsample, `NEW_DECODER_LAYERS`.
+    """
+    if requested is not None:
+        return requested
+    is_new = config.num_decoder_layers == 0 and len(config.blocks) > 1
+    return NEW_DECODER_LAYERS if is_new else config.num_decoder_layers
+
+
+def add_decoder(source: Source, weights: Mapping[str, Tensor], model: FunnelPreTrainedModel) -> tuple[dict[str, Tensor], bool]:
+    """Adds a decoder that starts as the identity, unless the source has one with the model's number of layers.
+
+    Args:
+        weights: of the source, in the model's layout.
+
+    Returns:
+        The weights, and whether the decoder is new.
+    """
+    layers = model.config.num_decoder_layers if model.has_decoder else 0
+    has_decoder = layers == source.config.num_decoder_layers and any(name.startswith("decoder.") for name in weights)
+    if not layers or has_decoder:
+        return dict(weights), False
+    make_decoder_identity(model)
+    others = {name: tensor for name, tensor in weights.items() if not name.startswith("decoder.")}
+    return others | {n: tensor for n, tensor in model.state_dict().items() if n.startswith("decoder.")}, True
+
+
 def make_decoder_identity(model: FunnelPreTrainedModel) -> None:
     """Makes every layer of the decoder return the LayerNorm, without weights, of its input.
 
@@ -319,11 +351,12 @@ def make_decoder_identity(model: FunnelPreTrainedModel) -> None:
 def relabel(config: FunnelConfig, id2label: Mapping[int, str], problem_type: str) -> FunnelConfig:
     """The config of a classifier with other labels.
 
-    A regression that remains one keeps the units of its labels, since its output layer is kept. Clears
-    `model_max_length` and `text_columns`, which describe the old task's texts.
+    A regression that remains one keeps the units of its labels, since its output layer is kept. Clears the fields that
+    describe the old task: `model_max_length`, `text_columns` and `decision_threshold`.
     """
     units = {} if config.problem_type == problem_type == "regression" else {"label_mean": 0.0, "label_std": 1.0}
-    return config.replace(id2label=dict(id2label), problem_type=problem_type, model_max_length=None, text_columns=(), **units)
+    old_task = {"model_max_length": None, "text_columns": (), "decision_threshold": None}
+    return config.replace(id2label=dict(id2label), problem_type=problem_type, **units, **old_task)
 
 
 def match_labels(source: Source, model: FunnelPreTrainedModel) -> tuple[dict[str, Tensor], bool, str]:

@@ -16,7 +16,7 @@ import train
 from funnel.analysis.onnx_report import load_dev_set
 from funnel.cli.convert import convert
 from funnel.errors import FunnelError
-from funnel.inference import Classifier
+from funnel.inference.classifier import Classifier
 from funnel.weights.load import read_source, resolve
 
 WORDS = {"pos": "good great lovely fine".split(), "neg": "bad awful poor dull".split()}
@@ -49,8 +49,8 @@ def recorded_scores(run: Path) -> dict[str, float]:
 @pytest.mark.parametrize("folder", ["", "best"])
 def test_dev_set_is_the_one_that_training_evaluated(folder, run):
     source = read_source(resolve(str(run / folder)))
-    dataset, metrics, label_names = load_dev_set(source)
-    assert (len(dataset), metrics, label_names) == (50, ("accuracy", "f1 (macro)"), ["neg", "pos"])
+    dataset, metrics, problem = load_dev_set(source)
+    assert (len(dataset), metrics, problem.labels) == (50, ("accuracy", "f1 (macro)"), ["neg", "pos"])
     classifier = Classifier.load(run)
     logits = torch.cat(
         [classifier.model(**dataset.batch(np.array([row])).inputs).detach().float() for row in range(len(dataset))]

@@ -17,14 +17,14 @@ from funnel.analysis import figures
 from funnel.analysis.report import COLUMNS, format_scores, markdown_table, render_page, short_command, table_row
 from funnel.analysis.runs import find_runs, group_by_settings, read_run
 from funnel.cli.main import main
-from funnel.data.dataset import encode_examples
+from funnel.data.encoding import TextEncoder, encode_examples
 from funnel.data.files import InMemoryExamples
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.model.checkpoint import load_config
 from funnel.model.flops import total_flops
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.training.error_analysis import analyze_errors
+from funnel.problems.registry import problem_of
 
 pytest.importorskip("matplotlib", reason="needs the extra report")
 pytest.importorskip("jinja2", reason="needs the extra report")
@@ -52,12 +52,12 @@ def write_run(folder: Path, blocks: str = "1,1", labels: list[str] | None = None
         problem_type="single_label_classification" if labels else "regression",
     ).replace(blocks=blocks)
     label_ids = {name: i for i, name in enumerate(labels)} if labels else None
-    dev_set = encode_examples(InMemoryExamples(texts, None, targets), label_ids, tokenizer, 128)
+    dev_set = encode_examples(InMemoryExamples(texts, None, targets), TextEncoder(label_ids), tokenizer, 128)
     logits = torch.from_numpy(generator.normal(size=(n, len(labels) or 1))).float()
     model = FunnelForSequenceClassification(config)
     model.save_pretrained(folder / "best")
     tokenizer.save(folder / "best")
-    evaluation = analyze_errors(logits, dev_set, config, tokenizer)
+    evaluation = problem_of("FunnelForSequenceClassification", config).analyze(logits, dev_set, tokenizer)
     (folder / "best/evaluation.json").write_text(json.dumps(evaluation))
     values = {
         "task": "custom", "data": "somewhere/train.tsv", "columns": ["text"], "labels": labels or None, "weights": "none",

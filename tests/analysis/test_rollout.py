@@ -8,7 +8,7 @@ from conftest import tiny_config
 from funnel.analysis.rollout import explain
 from funnel.cli.explain import format_explanation
 from funnel.data.tokenizer import FunnelTokenizer
-from funnel.inference import Classifier
+from funnel.inference.classifier import Classifier
 from funnel.model.attention_backends import capture_attention_weights
 from funnel.model.heads import FunnelForSequenceClassification
 

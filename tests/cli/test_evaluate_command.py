@@ -76,7 +76,7 @@ def test_scores_are_evaluated(tmp_path, capsys):
 
 
 def test_an_overflow_is_an_error(classifier_folder, labeled, monkeypatch, capsys):
-    monkeypatch.setattr("funnel.inference.predict_logits", lambda *_, **__: torch.full((6, 3), torch.nan))
+    monkeypatch.setattr("funnel.inference.predictor.predict", lambda *_, **__: torch.full((6, 3), torch.nan))
     assert main(["evaluate", str(classifier_folder), str(labeled), "--dtype", "fp16"]) == 2
     assert "the logits of 6 examples of labeled.jsonl are not finite in fp16; use --dtype bf16" in capsys.readouterr().err
 

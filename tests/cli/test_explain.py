@@ -5,7 +5,7 @@ import json
 from funnel.analysis.rollout import Explanation, Position
 from funnel.cli.explain import LEGEND, format_explanation
 from funnel.cli.main import main
-from funnel.inference import Prediction
+from funnel.inference.classifier import Prediction
 
 
 def write_settings(run, **settings):

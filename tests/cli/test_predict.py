@@ -188,7 +188,7 @@ def test_predictions_replace_neither_inputs_nor_other_files(run, tmp_path, capsy
     path.write_text("text\nx\n")
     other.write_text("mine")
     (run / "metrics.jsonl").touch()
-    monkeypatch.setattr("funnel.inference.Classifier.load", None)
+    monkeypatch.setattr("funnel.inference.classifier.Classifier.load", None)
     for out in (path, tmp_path / "missing/../new.csv", run / "metrics.jsonl"):
         assert main(["predict", str(run), "--file", str(path), "--out", str(out), "--overwrite"]) == 2
         assert f"--out {out}: this command reads the file" in capsys.readouterr().err

@@ -69,7 +69,7 @@ def test_a_missing_test_file_is_an_error(glue, tmp_path, capsys):
 def test_malformed_test_files_are_detected_before_the_classifier_is_loaded(glue, tmp_path, capsys, monkeypatch):
     run, out = write_run(tmp_path / "run", "mnli"), tmp_path / "answers"
     (glue / "MNLI/AX.tsv").write_text("index\tsentence1\tsentence2\n0\ta\n")
-    monkeypatch.setattr("funnel.inference.Classifier.load", None)
+    monkeypatch.setattr("funnel.inference.classifier.Classifier.load", None)
     assert main(["submit", str(run), "--data", str(glue), "--out", str(out)]) == 2
     assert "AX.tsv, line 2" in capsys.readouterr().err
     assert not out.exists()
@@ -79,7 +79,7 @@ def test_malformed_test_files_are_detected_before_the_classifier_is_loaded(glue,
 def test_an_unwritable_folder_is_detected_before_the_classifier_is_loaded(out, glue, tmp_path, capsys, monkeypatch):
     run = write_run(tmp_path / "run", "sst2")
     (tmp_path / "file").touch()
-    monkeypatch.setattr("funnel.inference.Classifier.load", None)
+    monkeypatch.setattr("funnel.inference.classifier.Classifier.load", None)
     assert main(["submit", str(run), "--data", str(glue), "--out", str(tmp_path / out)]) == 2
     assert f"--out {tmp_path / out / 'SST-2.tsv'}: {tmp_path / 'file'} is not a writable folder" in capsys.readouterr().err
 
@@ -116,7 +116,7 @@ def test_data_and_out_are_required(missing, tmp_path, capsys):
 
 def test_answers_replace_neither_other_files_nor_test_files(glue, tmp_path, capsys, monkeypatch):
     run = write_run(tmp_path / "run", "mnli")
-    monkeypatch.setattr("funnel.inference.Classifier.load", None)
+    monkeypatch.setattr("funnel.inference.classifier.Classifier.load", None)
     out = tmp_path / "answers/MNLI-m.tsv"
     out.parent.mkdir()
     out.write_text("mine")

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from funnel.data.checks import compare_sets
-from funnel.data.dataset import encode_examples
-from funnel.data.tasks import TaskArgs, load_task
 from funnel.data.tokenizer import FunnelTokenizer
+from funnel.model.config import FunnelConfig
+from funnel.problems.classification import Classification
+from funnel.problems.registry import encode_split
+from funnel.problems.task_args import TaskArgs, load_task
 from funnel.training.progress import print_data
 
 TRAIN = "text,label\na,x\nb,y\nc,x\n"
@@ -23,7 +25,7 @@ def load(tmp_path, monkeypatch):
             if content is not None:
                 (tmp_path / name).write_text(content)
         task = load_task(TaskArgs(data=tmp_path / "train.csv", dev=dev and tmp_path / "dev.csv"))
-        sets = {split: encode_examples(file, task.label_ids, tokenizer, 20) for split, file in task.files.items()}
+        sets = {split: encode_split(task, split, tokenizer, 20) for split in task.files}
         return task, sets.pop("train"), sets
 
     return load
@@ -59,7 +61,8 @@ def test_split_sets_are_compared_too(load):
 def test_all_warnings_are_printed_once(load, capsys):
     task, dataset, _ = load("text,label\na,x\na,X\n漢,x\nb,X\n")
     train_set, dev_set = dataset.subset(np.array([0, 2, 3])), dataset.subset(np.array([1]))
-    print_data(task, train_set, {"dev": dev_set})
+    problem = Classification(FunnelConfig(id2label={0: "X", 1: "x"}))
+    print_data(task, problem, {"train": train_set, "dev": dev_set})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "train.csv: text column 'text', label column 'label'"
     starts = (

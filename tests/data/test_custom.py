@@ -3,8 +3,9 @@
 import pytest
 
 from funnel.data.custom import ColumnChoice, open_examples
-from funnel.data.tasks import CUSTOM, TaskArgs, load_task
+from funnel.data.tasks import CUSTOM
 from funnel.errors import FunnelError
+from funnel.problems.task_args import TaskArgs, load_task
 
 
 def load(tmp_path, rows, problem=None, header="text,label"):
@@ -31,7 +32,7 @@ def load(tmp_path, rows, problem=None, header="text,label"):
 def test_labels_are_classes_or_scores(tmp_path, labels, problem, expected, description):
     task = load(tmp_path, [f"t,{label}" for label in labels], problem)
     assert task.label_names == expected
-    assert task.num_labels == len(expected or [""])
+    assert task.problem == ("regression" if expected is None else "classification")
     assert task.description.splitlines()[1].startswith(description)
     assert task.metrics == (("accuracy", "f1 (macro)") if expected else ("pearson", "spearman", "rmse"))
 
@@ -137,7 +138,11 @@ def test_the_chosen_metric_is_the_first(tmp_path, labels, positive_label, metric
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        ("ab", {"metric": "rmse"}, "metric 'rmse' does not apply to a.csv; choose from f1, accuracy, .*, f1 .a., f1 .b.$"),
+        (
+            "ab",
+            {"metric": "rmse"},
+            "metric 'rmse' does not apply to a.csv; choose from f1, accuracy, .*, f1 .b., loss$",
+        ),
         ("ab", {"metric": "f1 (c)"}, "metric 'f1 .c.' does not apply"),
         ("ab", {"positive_label": "c"}, "unknown positive_label 'c'; choose from a, b$"),
         (["1.5", "2"], {"positive_label": "2"}, "positive_label '2': the labels are scores, not classes"),

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import review_sentences
 
-from funnel.data import dataset as dataset_module
+from funnel.data import encoding as encoding_module
 from funnel.data.batches import Batch, Shard
-from funnel.data.dataset import Dataset, InMemoryExamples, Rows, Truncation, encode_examples
-from funnel.data.files import ExampleFile
+from funnel.data.dataset import Dataset, Rows, Truncation
+from funnel.data.encoding import TextEncoder, encode_examples
+from funnel.data.files import ExampleFile, InMemoryExamples
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.io import cache_dir
@@ -39,7 +40,7 @@ def tokenizer(examples):
 
 @pytest.fixture
 def dataset(examples, tokenizer):
-    return encode_examples(examples, LABELS, tokenizer, 40)
+    return encode_examples(examples, TextEncoder(LABELS), tokenizer, 40)
 
 
 def write(path, rows):
@@ -71,10 +72,10 @@ def test_sorting_by_length_reduces_padding(dataset):
 
 @pytest.mark.parametrize("chunk", [1024, 100])
 def test_batch_contains_the_tokenizers_encodings(examples, tokenizer, chunk, monkeypatch):
-    monkeypatch.setattr(dataset_module, "CHUNK_SIZE", chunk)
+    monkeypatch.setattr(encoding_module, "CHUNK_SIZE", chunk)
     pairs = examples._replace(pairs=[*examples.texts[1:], ""])
     for source in (examples, pairs):
-        dataset = encode_examples(source, LABELS, tokenizer, 20)
+        dataset = encode_examples(source, TextEncoder(LABELS), tokenizer, 20)
         rows = np.array([5, 0, 699, 33])
         batch = dataset.batch(rows)
         for i, row in enumerate(rows):
@@ -92,10 +93,10 @@ def test_batch_contains_the_tokenizers_encodings(examples, tokenizer, chunk, mon
 
 def test_truncation_is_measured(tokenizer):
     texts = ["a " * 30, "a", "a " * 50]
-    truncation = encode_examples(InMemoryExamples(texts, None, ["0"] * 3), LABELS, tokenizer, 12).truncation
+    truncation = encode_examples(InMemoryExamples(texts, None, ["0"] * 3), TextEncoder(LABELS), tokenizer, 12).truncation
     assert truncation == (2, (32 - 12) + (52 - 12), 32 + 3 + 52, 52)
     pairs = InMemoryExamples(texts, ["a " * 5, "a", "a"], ["0"] * 3)
-    assert encode_examples(pairs, LABELS, tokenizer, 12).truncation == (2, (38 - 12) + (54 - 12), 38 + 5 + 54, 54)
+    assert encode_examples(pairs, TextEncoder(LABELS), tokenizer, 12).truncation == (2, (38 - 12) + (54 - 12), 38 + 5 + 54, 54)
     assert str(truncation) == "2 texts truncated, losing 69.0% of all tokens (longest text: 52)"
 
 
@@ -106,7 +107,7 @@ def test_evaluation_visits_every_row_once_longest_first(dataset):
 
 
 def test_scores_are_float32(tokenizer):
-    dataset = encode_examples(InMemoryExamples(["a", "b"], None, ["2.5", "-1e3"]), None, tokenizer, 12)
+    dataset = encode_examples(InMemoryExamples(["a", "b"], None, ["2.5", "-1e3"]), TextEncoder(None), tokenizer, 12)
     labels = dataset.batch(np.array([1, 0])).labels
     assert labels.dtype == torch.float32
     assert labels.tolist() == [-1000, 2.5]
@@ -123,14 +124,14 @@ def test_scores_are_float32(tokenizer):
 def test_invalid_label_raises_an_error_with_line_and_leaves_no_files(label, label_ids, message, tokenizer, tmp_path):
     source = write(tmp_path / "a.jsonl", [{"text": "a", "label": "1"}, {"text": "b", "label": label}])
     with pytest.raises(FunnelError, match=message):
-        encode_examples(source, label_ids, tokenizer, 12)
+        encode_examples(source, TextEncoder(label_ids), tokenizer, 12)
     assert list((cache_dir() / "encoded").iterdir()) == []
 
 
 def test_unknown_label_that_differs_in_spelling_only_is_pointed_out(tokenizer):
     source = InMemoryExamples(["a"], None, ["1.0"])
     with pytest.raises(FunnelError, match=r"unknown label '1.0'; .*; only case, spaces or number format differ from '1'"):
-        encode_examples(source, LABELS, tokenizer, 12)
+        encode_examples(source, TextEncoder(LABELS), tokenizer, 12)
 
 
 def test_texts_of_unknown_or_special_tokens_are_counted_with_a_cold_and_a_warm_cache(tokenizer):
@@ -143,71 +144,71 @@ def test_texts_of_unknown_or_special_tokens_are_counted_with_a_cold_and_a_warm_c
     )
     for source in (InMemoryExamples(texts, None, ["0"] * 7), InMemoryExamples(texts, texts, ["0"] * 7)):
         for _ in range(2):
-            assert encode_examples(source, LABELS, tokenizer, 20).warnings == expected
+            assert encode_examples(source, TextEncoder(LABELS), tokenizer, 20).warnings == expected
 
 
 def test_equal_texts_have_equal_hashes(tokenizer):
-    dataset = encode_examples(InMemoryExamples(["a", "b", "a"], None, ["0", "1", "1"]), LABELS, tokenizer, 12)
+    dataset = encode_examples(InMemoryExamples(["a", "b", "a"], None, ["0", "1", "1"]), TextEncoder(LABELS), tokenizer, 12)
     assert dataset.hashes[0] == dataset.hashes[2] != dataset.hashes[1]
-    pairs = encode_examples(InMemoryExamples(["a", "a"], ["b", "c"], ["0", "1"]), LABELS, tokenizer, 12)
+    pairs = encode_examples(InMemoryExamples(["a", "a"], ["b", "c"], ["0", "1"]), TextEncoder(LABELS), tokenizer, 12)
     assert len({*pairs.hashes, *dataset.hashes}) == 4
     assert dataset.split(0.34, seed=0)[1].hashes.dtype == np.uint64
 
 
 def test_cache_depends_on_content_tokenizer_length_and_labels(tokenizer, tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl", [{"text": "good film", "label": "1"}, {"text": "bad", "label": "0"}])
-    first = rows_of(encode_examples(source, LABELS, tokenizer, 12))
+    first = rows_of(encode_examples(source, TextEncoder(LABELS), tokenizer, 12))
     writes = []
-    original = dataset_module._EncodingJob.write
-    monkeypatch.setattr(dataset_module._EncodingJob, "write", lambda *args: (writes.append(1), original(*args)))
-    assert rows_of(encode_examples(source, LABELS, tokenizer, 12)) == first
+    original = encoding_module._write
+    monkeypatch.setattr(encoding_module, "_write", lambda *args: (writes.append(1), original(*args)))
+    assert rows_of(encode_examples(source, TextEncoder(LABELS), tokenizer, 12)) == first
     os.utime(source.path, (0, 0))
-    assert rows_of(encode_examples(source, LABELS, tokenizer, 12)) == first
+    assert rows_of(encode_examples(source, TextEncoder(LABELS), tokenizer, 12)) == first
     assert writes == []
-    encode_examples(source, LABELS, tokenizer, 13)
-    assert [row[3] for row in rows_of(encode_examples(source, {"0": 1, "1": 0}, tokenizer, 12))] == [[0], [1]]
-    encode_examples(source, LABELS, FunnelTokenizer.train(["good film bad"] * 9), 12)
+    encode_examples(source, TextEncoder(LABELS), tokenizer, 13)
+    assert [row[3] for row in rows_of(encode_examples(source, TextEncoder({"0": 1, "1": 0}), tokenizer, 12))] == [[0], [1]]
+    encode_examples(source, TextEncoder(LABELS), FunnelTokenizer.train(["good film bad"] * 9), 12)
     assert len(writes) == 3
     write(source.path, [{"text": "good film", "label": "0"}, {"text": "bad", "label": "0"}])
-    assert [row[3] for row in rows_of(encode_examples(source, LABELS, tokenizer, 12))] == [[0], [0]]
+    assert [row[3] for row in rows_of(encode_examples(source, TextEncoder(LABELS), tokenizer, 12))] == [[0], [0]]
     assert len(writes) == 4
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "rows.npz", "about.json"])
+@pytest.mark.parametrize("name", ["token_ids.bin", "rows.npz", "about.json"])
 @pytest.mark.parametrize("is_empty", [False, True])
 def test_damaged_cache_entry_is_replaced(name, is_empty, examples, tokenizer):
-    expected = rows_of(encode_examples(examples, LABELS, tokenizer, 20))
+    expected = rows_of(encode_examples(examples, TextEncoder(LABELS), tokenizer, 20))
     (folder,) = (cache_dir() / "encoded").iterdir()
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(b"" if is_empty else content[: len(content) // 2])
-    assert rows_of(encode_examples(examples, LABELS, tokenizer, 20)) == expected
+    assert rows_of(encode_examples(examples, TextEncoder(LABELS), tokenizer, 20)) == expected
 
 
 def test_unwritable_cache_gives_a_warning_and_the_same_examples(examples, tokenizer, tmp_path, monkeypatch):
-    expected = rows_of(encode_examples(examples, LABELS, tokenizer, 20))
+    expected = rows_of(encode_examples(examples, TextEncoder(LABELS), tokenizer, 20))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FUNNEL_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot write"):
-        assert rows_of(encode_examples(examples, LABELS, tokenizer, 20)) == expected
+        assert rows_of(encode_examples(examples, TextEncoder(LABELS), tokenizer, 20)) == expected
 
 
 def test_file_that_changes_while_being_read_raises_an_error(tokenizer, tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl", [{"text": "a", "label": "1"}])
-    original = dataset_module._EncodingJob.write
+    original = encoding_module._write
 
     def write_and_change(*args):
         original(*args)
         write(source.path, [{"text": "b", "label": "1"}])
 
-    monkeypatch.setattr(dataset_module._EncodingJob, "write", write_and_change)
+    monkeypatch.setattr(encoding_module, "_write", write_and_change)
     with pytest.raises(FunnelError, match=r"a.jsonl: changed while being read"):
-        encode_examples(source, LABELS, tokenizer, 12)
+        encode_examples(source, TextEncoder(LABELS), tokenizer, 12)
     assert list((cache_dir() / "encoded").iterdir()) == []
 
 
 def test_cached_ids_take_two_bytes_each(examples, tokenizer):
-    dataset = encode_examples(examples, LABELS, tokenizer, 20)
-    (path,) = (cache_dir() / "encoded").glob("*/ids.bin")
+    dataset = encode_examples(examples, TextEncoder(LABELS), tokenizer, 20)
+    (path,) = (cache_dir() / "encoded").glob("*/token_ids.bin")
     assert path.stat().st_size == 2 * dataset.lengths.sum()
 
 
@@ -218,7 +219,7 @@ def report_peak_memory(path, queue):
 
     tokenizer = FunnelTokenizer.train(["a good film that is long"] * 5)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    dataset = encode_examples(ExampleFile(path, ("text",), "label"), LABELS, tokenizer, 64)
+    dataset = encode_examples(ExampleFile(path, ("text",), "label"), TextEncoder(LABELS), tokenizer, 64)
     queue.put((len(dataset), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
@@ -241,7 +242,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_split_is_a_stratified_partition(tokenizer, share):
     labels = ["0"] * 300 + ["1"] * 40
-    dataset = encode_examples(InMemoryExamples(["a " * i for i in range(340)], None, labels), LABELS, tokenizer, 400)
+    examples = InMemoryExamples(["a " * i for i in range(340)], None, labels)
+    dataset = encode_examples(examples, TextEncoder(LABELS), tokenizer, 400)
     train, dev = dataset.split(share, seed=3)
     assert sorted(rows_of(train) + rows_of(dev)) == sorted(rows_of(dataset))
     assert [(dev.labels == c).sum() for c in (0, 1)] == [300 * share, 40 * share]
@@ -254,7 +256,7 @@ def test_split_of_many_small_classes_has_the_requested_size(tokenizer):
     texts = [f"word {i}" for i in range(90)]
     labels = {str(c): c for c in range(40)}  # 30 classes of 2 and 10 of 3
     source = InMemoryExamples(texts, None, [str(i % 30 if i < 60 else 30 + i % 10) for i in range(90)])
-    dataset = encode_examples(source, labels, tokenizer, 16)
+    dataset = encode_examples(source, TextEncoder(labels), tokenizer, 16)
     train, dev = dataset.split(0.2, seed=0)
     assert len(dev) == 18
     assert set(train.labels) == set(range(40))
@@ -262,7 +264,7 @@ def test_split_of_many_small_classes_has_the_requested_size(tokenizer):
 
 
 def test_split_with_an_empty_part_raises_an_error(tokenizer):
-    dataset = encode_examples(InMemoryExamples(["a", "b"], None, ["0", "1"]), LABELS, tokenizer, 12)
+    dataset = encode_examples(InMemoryExamples(["a", "b"], None, ["0", "1"]), TextEncoder(LABELS), tokenizer, 12)
     with pytest.raises(FunnelError, match="leaves train or dev empty"):
         dataset.split(0.1, 0)
 
@@ -359,7 +361,7 @@ def encode_in_process(path, cache, barrier):
     os.environ["FUNNEL_CACHE"] = cache
     tokenizer = FunnelTokenizer.train(["a good film"] * 5)
     barrier.wait(60)
-    dataset = encode_examples(ExampleFile(path, ("text",), "label"), LABELS, tokenizer, 64)
+    dataset = encode_examples(ExampleFile(path, ("text",), "label"), TextEncoder(LABELS), tokenizer, 64)
     assert len(dataset) == 5000
 
 

@@ -12,6 +12,7 @@ from funnel.data import device_batches
 from funnel.data.batches import Shard
 from funnel.data.dataset import Dataset, Rows, Truncation
 from funnel.data.device_batches import DeviceDataset, TrainingBatches, padded_length, prefetch
+from funnel.data.encoding import encode_texts
 from funnel.data.tokenizer import FunnelTokenizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -20,7 +21,7 @@ TEXTS = ["a good film", "bad", "", "the very very very good film was not bad at 
 
 def make_dataset(pairs=False, labels=None, dtype=np.int32):
     tokenizer = FunnelTokenizer.train(TEXTS)
-    dataset = Dataset.from_texts(TEXTS, TEXTS[::-1] if pairs else None, tokenizer, 12)
+    dataset = encode_texts(TEXTS, TEXTS[::-1] if pairs else None, tokenizer, 12)
     labels = np.arange(len(TEXTS), dtype=np.int32) % 3 if labels is None else labels
     return Dataset(dataset.token_ids.astype(dtype), dataset.rows._replace(labels=labels), tokenizer.pad_id, dataset.truncation)
 

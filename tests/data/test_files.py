@@ -111,7 +111,11 @@ CSV = b"sentence,label\n"
         ("a.csv", CSV + b"a,1\rb,2\r", "line 2: invalid csv"),
         ("a.jsonl", b'{"sentence": "a"}\n', "line 1: no field 'label'; the fields are sentence"),
         ("a.jsonl", b'{"sentence": 1, "label": 1}\n', "line 1: 'sentence' is 1; expected a string$"),
-        ("a.jsonl", b'{"sentence": "a", "label": null}\n', "line 1: 'label' is null; expected a string or number"),
+        (
+            "a.jsonl",
+            b'{"sentence": "a", "label": null}\n',
+            "line 1: 'label' is null; expected a string, a number, or a list",
+        ),
         ("a.jsonl", b'{"sentence": "a", "label": 1}\n[1]\n', "line 2: expected a JSON object, found list"),
         ("a.jsonl", b'{"sentence": "a", "label": 1, "label": 2}\n', "line 1: invalid JSON .duplicate field 'label'"),
         ("a.jsonl", b'{"sentence": "a", "label": 1}\n\n{"sentence": "a", "label": 1}\n', "line 2: blank"),
@@ -184,7 +188,7 @@ def test_parquet_file_is_read(tmp_path):
     file = ExampleFile(tmp_path / "a.parquet", ("sentence",), extra_columns=("id",))
     assert [row.extra for row in file.rows()] == [("7",), ("null",)]
     assert file.column_names() == ["sentence", "label", "id", "score"]
-    with pytest.raises(FunnelError, match=r"a.parquet, row 2: 'score' is null; expected a string or number"):
+    with pytest.raises(FunnelError, match=r"a.parquet, row 2: 'score' is null; expected a string, a number, or a list"):
         read(tmp_path / "a.parquet", label_column="score")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     with pytest.raises(FunnelError, match=r"a.parquet: damaged parquet file"):

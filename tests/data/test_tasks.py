@@ -15,10 +15,11 @@ from conftest import shared
 from funnel.cli.common import parse_options
 from funnel.data import download
 from funnel.data.download import Archive
-from funnel.data.files import ExampleFile
-from funnel.data.tasks import TASKS, TaskArgs, get_task, load_task, locate_files
+from funnel.data.tasks import TASKS, get_task, locate_files
 from funnel.errors import FunnelError
-from funnel.training.metrics import get_metric
+from funnel.io import sha256
+from funnel.problems.registry import PROBLEMS
+from funnel.problems.task_args import TaskArgs, load_task
 
 # A few rows of every file as distributed. Per task: {file: content}, the texts and the labels of train, the number of rows of
 # the evaluation sets, and the number of rows of the unlabelled files.
@@ -125,7 +126,8 @@ def assert_matches(task, layout):
 
 
 def test_tasks_are_the_fifteen_of_the_paper_wnli_and_the_demo():
-    assert set(TASKS) == {*LAYOUTS, "demo"}
+    text_tasks = {name for name, task in TASKS.items() if task.problem in ("classification", "regression")}
+    assert text_tasks == {*LAYOUTS, "demo"}
     assert get_task("STS-B") is get_task("stsb")
     with pytest.raises(FunnelError, match=f"unknown task 'sst3'; choose from {', '.join(TASKS)}"):
         get_task("sst3")
@@ -240,7 +242,7 @@ def test_data_of_a_named_task_must_be_a_folder(tmp_path):
 
 def test_default_task_is_the_demo():
     task = load_task(TaskArgs())
-    assert (task.name, task.num_labels, task.label_names) == ("demo", 2, ["negative", "positive"])
+    assert (task.name, task.problem, task.label_names) == ("demo", "classification", ["negative", "positive"])
     assert set(task.files) == {"train", "dev"}
 
 
@@ -248,7 +250,7 @@ def test_named_task_is_located_in_its_folder(tmp_path):
     write(tmp_path, LAYOUTS["stsb"][0])
     task = load_task(TaskArgs(task="STS-B", data=tmp_path))
     assert_matches(task, LAYOUTS["stsb"])
-    assert (task.num_labels, task.label_names, task.label_ids) == (1, None, None)
+    assert (task.problem, task.label_names, task.label_ids) == ("regression", None, None)
     assert task.text_columns == ("sentence1", "sentence2")
 
 
@@ -284,12 +286,27 @@ def test_tasks_have_checksums_and_the_papers_hyperparameters():
     for task in TASKS.values():
         assert task.name == "demo" or task.archives
         assert all(archive.checksum.split(":")[0] in ("sha256", "md5", "size") for archive in task.archives)
-        assert all(isinstance(file, ExampleFile) for file in task.files.values())
     paper = {"rte": (16, 10), "mrpc": (16, 10), "stsb": (16, 10), "cola": (16, 10), "sst2": (32, 5), "qnli": (32, 3),
              "mnli": (64, 3), "qqp": (64, 5), "imdb": (32, 5), "ag": (32, 3), "dbpedia": (64, 3), "yelp2": (128, 3),
              "yelp5": (128, 3), "amazon2": (128, 3), "amazon5": (128, 3)}  # fmt: skip
     assert {name: (TASKS[name].batch_size, TASKS[name].epochs) for name in paper} == paper
     assert {name for name in paper if TASKS[name].max_length == 512} == {"imdb", "yelp2", "yelp5", "amazon2", "amazon5"}
+
+
+def test_wnut17_is_downloaded_as_single_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNNEL_CACHE", str(tmp_path))
+    task = TASKS["wnut17"]
+    monkeypatch.setattr(download, "download", lambda archive, folder: folder / archive.name)
+    (tmp_path / "data/wnut17").mkdir(parents=True)
+    for archive in task.archives:
+        (tmp_path / "data/wnut17" / archive.name).write_text("a\tO\nb\tB-person\n")
+    for file in locate_files(task, None).files.values():
+        assert [sentence.tags for sentence in file.rows()] == [["O", "B-person"]]
+
+
+def test_checksums_of_wnut17_are_those_of_the_shared_files():
+    for archive in TASKS["wnut17"].archives:
+        assert archive.checksum == f"sha256:{sha256(shared(f'data/wnut17/{archive.name}'))}"
 
 
 def test_concurrent_calls_download_an_archive_once(tmp_path, monkeypatch):
@@ -317,7 +334,7 @@ def test_concurrent_calls_download_an_archive_once(tmp_path, monkeypatch):
 def test_every_metric_of_a_task_exists():
     for task in TASKS.values():
         for name in task.metrics:
-            assert get_metric(name, task.label_names or ()) is not None
+            assert name in PROBLEMS[task.problem].metric_functions(task.label_names or [])
 
 
 def test_a_named_task_keeps_glues_f1():
@@ -327,7 +344,8 @@ def test_a_named_task_keeps_glues_f1():
 @pytest.mark.parametrize("metric", ["f1", "pearson"])
 def test_a_metric_that_a_named_task_lacks_is_rejected_before_any_file_is_read(metric):
     with pytest.raises(
-        FunnelError, match=f"metric '{metric}' does not apply to RTE; choose from accuracy, matthews, loss"
+        FunnelError,
+        match=f"metric '{metric}' does not apply to RTE; choose from accuracy, f1 .macro., matthews,",
     ) as error:
         TaskArgs(task="rte", metric=metric)
     assert error.value.parameter == "metric"

@@ -17,7 +17,8 @@ from funnel.data import demo
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.checkpoint import Checkpoint, check_finite, load_checkpoint, save_checkpoint
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.training import evaluate, loss
+from funnel.problems.classification import Classification
+from funnel.training import evaluate
 
 QUICK = ("--weights", "none", "--epochs", "0.075", "--eval-every", "5", "--blocks", "1,1", "--batch-size", "32")
 MACHINE_DEPENDENT = ("examples_per_second", "memory_mib")
@@ -238,7 +239,7 @@ def nan_at_steps(steps, loss_function):
 
 
 def test_a_nonfinite_loss_ends_the_run_and_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loss, "loss_function", nan_at_steps({9}, loss.loss_function))
+    monkeypatch.setattr(Classification, "loss", nan_at_steps({9}, Classification.loss))
     assert train.main([*QUICK, "--eval-every", "4", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
@@ -259,7 +260,7 @@ def test_divergence_is_detected_within_log_every_steps(tmp_path, monkeypatch, ca
         return original(*args, **options)
 
     monkeypatch.setattr(train, "train_step", count)
-    monkeypatch.setattr(loss, "loss_function", nan_at_steps({3}, loss.loss_function))
+    monkeypatch.setattr(Classification, "loss", nan_at_steps({3}, Classification.loss))
     assert train.main([*QUICK, "--eval-every", "100", "--log-every", "6", "--out", str(tmp_path / "run")]) == 2
     assert "diverged at step 3" in capsys.readouterr().err
     assert steps == 6
@@ -274,7 +275,7 @@ def overflow_at_evaluation(number, evaluate):
         calls += 1
         results = evaluate(*args)
         if calls == number:
-            results["dev"].logits[3] = math.inf
+            results["dev"].results[3] = math.inf
         return results
 
     return function
@@ -336,7 +337,7 @@ def test_predicting_a_single_class_prints_a_warning(weights, tmp_path, capsys):
 def test_the_single_class_warning_is_about_the_best_checkpoint(weights, tmp_path, monkeypatch, capsys):
     data = write_sst2(tmp_path / "data", "film\t1\n" * 8, "good\t1\nfilm\t0\n")
     logits = iter([[[9.0, 0], [0, 9]], [[0.0, 9], [9, 0]], [[9.0, 0], [9, 0]]])  # wrong, correct, one class
-    monkeypatch.setattr(evaluate, "predict_logits", lambda *_: torch.tensor(next(logits)))
+    monkeypatch.setattr(evaluate, "predict", lambda *_: torch.tensor(next(logits)))
     arguments = sst2_arguments(data, weights, "--epochs", "3", "--out", str(tmp_path / "run"))
     assert train.main(arguments) == 0
     output = capsys.readouterr().out

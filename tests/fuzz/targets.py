@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from squad_files import squad, write
 
-from funnel.data.dataset import encode_examples
-from funnel.data.tasks import TaskArgs, load_task
 from funnel.data.tokenizer import FunnelTokenizer
-from funnel.inference import Classifier
+from funnel.inference.classifier import Classifier
 from funnel.model.checkpoint import Checkpoint, read_weight_file, save_checkpoint
 from funnel.model.config import FunnelConfig
 from funnel.model.heads import FunnelForSequenceClassification
+from funnel.problems.registry import encode_split
+from funnel.problems.task_args import TaskArgs, load_task
 from funnel.training.run_dir import STATE, RunDir, read_arguments
 from funnel.training.state import TrainState
 from funnel.weights.bert_family import write_bert
@@ -180,13 +181,43 @@ def write_data(path: Path) -> None:
 
 def read_data(path: Path) -> object:
     task = load_task(TaskArgs(data=path))
-    return encode_examples(task.files["train"], task.label_ids, make_tokenizer(), 32)
+    return encode_split(task, "train", make_tokenizer(), 32)
 
 
 def data_target(name: str) -> Target:
     return Target(name, lambda folder: write_data(folder / name), lambda folder: read_data(folder / name))
 
 
+def make_squad(folder: Path) -> None:
+    content = write(folder / "squad.json", squad(4, unanswerable=True)).read_bytes()
+    (folder / "squad.json.gz").write_bytes(gzip.compress(content))
+
+
+def read_squad(path: Path) -> object:
+    task = load_task(TaskArgs(data=path, problem="answer-spans", max_query_length=8))
+    return encode_split(task, "train", make_tokenizer(), 32)
+
+
+def write_tags(path: Path) -> None:
+    """Writes tagged sentences in the format that the file's name indicates."""
+    sentences = [[("so", "O"), ("é 是", "B-x"), ("\x07", "I-x")], [("it", "B-y")], [("was", "O"), ("a", "I-y")]] * 3
+    if path.suffix == ".jsonl":
+        rows = ({"tokens": [word for word, _ in s], "tags": [tag for _, tag in s]} for s in sentences)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    else:
+        path.write_text("-DOCSTART-\tO\n\n" + "\n".join("".join(f"{word}\t{tag}\n" for word, tag in s) for s in sentences))
+
+
+def read_tags(path: Path) -> object:
+    task = load_task(TaskArgs(data=path, problem="token-labels"))
+    return encode_split(task, "train", make_tokenizer(), 6)
+
+
+def tags_target(name: str) -> Target:
+    return Target(name, lambda folder: write_tags(folder / name), lambda folder: read_tags(folder / name))
+
+
+TAG_FILES = ("tags.conll", "tags.jsonl")
 DATA_FILES = ("data.tsv", "data.csv", "data.jsonl", "data.json", "data.csv.gz", "data.jsonl.gz")
 TARGETS = {
     "config.json": Target("last/config.json", make_run, predict),
@@ -210,5 +241,8 @@ TARGETS = {
     "tokenizer_config.json": Target("tokenizer_config.json", make_exported_tokenizer, read_tokenizer),
     "layout": Target("layout.txt", make_layout, read_layout),
     "layout plan": Target("plan.json", make_layout_plan, read_layout_plan),
+    "SQuAD": Target("squad.json", make_squad, lambda folder: read_squad(folder / "squad.json")),
+    "SQuAD, compressed": Target("squad.json.gz", make_squad, lambda folder: read_squad(folder / "squad.json.gz")),
     **{name: data_target(name) for name in DATA_FILES},
+    **{name: tags_target(name) for name in TAG_FILES},
 }

@@ -9,7 +9,7 @@ from conftest import ABSOLUTE, BOTH, BUCKETS, NONE, POSITIONS, count_compiled_gr
 from funnel.analysis.rollout import explain
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
-from funnel.inference import Classifier
+from funnel.inference.classifier import Classifier
 from funnel.model.heads import MODELS, FunnelBaseModel, FunnelForSequenceClassification
 from funnel.weights.export import export_torch
 from funnel.weights.surgery import calibrate_layer_norms, make_plan

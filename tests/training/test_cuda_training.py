@@ -23,11 +23,12 @@ from funnel.errors import FunnelError
 from funnel.model.attention_backends import BACKENDS, attention_backend
 from funnel.model.checkpoint import load_checkpoint
 from funnel.model.heads import FunnelForSequenceClassification
+from funnel.problems.classification import Classification
 from funnel.training.cuda_graphs import step_runner
 from funnel.training.device import seed_step
 from funnel.training.distributed import Distributed
 from funnel.training.divergence import NonFiniteGuard
-from funnel.training.evaluate import predict_logits
+from funnel.training.evaluate import predict
 from funnel.training.loss import TaskLoss
 from funnel.training.optim import LinearWarmupDecay, build_adamw, param_groups
 from funnel.training.state import TrainComponents, TrainState
@@ -35,6 +36,7 @@ from funnel.training.teacher import DistillationLoss, Teacher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = torch.device("cuda")
+PROBLEM = Classification(tiny_config())
 BATCH_SIZE = 8
 
 
@@ -61,10 +63,10 @@ class Run:
         model.set_gradient_checkpointing(args.gradient_checkpointing)
         optimizer = build_adamw(param_groups(model, 0.01, args.layer_decay), 1e-3, dist.graph_device)
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=dtype == "fp16")
-        loss: Any = TaskLoss()
+        loss: Any = TaskLoss(PROBLEM)
         if args.has_teacher:
             teacher = FunnelForSequenceClassification(tiny_config(blocks="2"))
-            loss = DistillationLoss(TaskLoss(), Teacher(teacher, torch.arange(99).flip(0)).to(DEVICE), 0.5)
+            loss = DistillationLoss(PROBLEM, Teacher(teacher, torch.arange(99).flip(0)).to(DEVICE), 0.5)
         tokenizer = FunnelTokenizer.train(["a"])
         self.components = TrainComponents(dist, model, model, tokenizer, optimizer, scaler, dtype, loss)
         self.schedule = LinearWarmupDecay(optimizer, 1e-3, range(400), 0.1)
@@ -165,7 +167,7 @@ def test_evaluations_and_new_shapes_between_replays_change_nothing():
     whole, interrupted = Run().take_steps(60), Run()
     for _ in range(12):
         interrupted.take_steps(5)
-        predict_logits(interrupted.components.model, dataset)
+        predict(interrupted.components.model, PROBLEM, dataset)
     torch.testing.assert_close(interrupted.loss_curve, whole.loss_curve, rtol=1e-5, atol=1e-5)
 
 
@@ -208,9 +210,9 @@ def test_the_profile_of_50_steps_shows_no_stream_synchronization():
 
 def test_evaluation_waits_for_the_device_once():
     run, dataset = Run(), make_dataset(500)
-    predict_logits(run.components.model, dataset)
+    predict(run.components.model, PROBLEM, dataset)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        predict_logits(run.components.model, dataset)
+        predict(run.components.model, PROBLEM, dataset)
     counts = {event.key: event.count for event in profiler.key_averages()}
     assert counts.get("cudaStreamSynchronize", 0) <= 1
     assert counts.get("aten::item", 0) == 0
@@ -218,8 +220,8 @@ def test_evaluation_waits_for_the_device_once():
 
 def test_logits_equal_those_of_the_cpu():
     run, dataset = Run(), make_dataset(150)
-    actual = predict_logits(run.components.model, dataset)
-    expected = predict_logits(run.components.model.cpu(), dataset)
+    actual = predict(run.components.model, PROBLEM, dataset)
+    expected = predict(run.components.model.cpu(), PROBLEM, dataset)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 

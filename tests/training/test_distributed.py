@@ -138,7 +138,6 @@ def assert_same_run(actual, expected):
         ("2", "--grad-accum", "3", "--gradient-checkpointing"),
         ("2", "--fsdp", "--grad-accum", "2"),
         ("2", "--fsdp", "--gradient-checkpointing"),
-        ("2", "--compile", "--gradient-checkpointing"),
         ("2", "--compile", "--fsdp", "--gradient-checkpointing", "--grad-accum", "2"),
     ],
     ids=" ".join,

@@ -13,14 +13,17 @@ from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.model.compilation import compile_regions
 from funnel.model.heads import FunnelForSequenceClassification
+from funnel.problems.classification import Classification
+from funnel.problems.regression import Regression
 from funnel.training.distributed import Distributed
 from funnel.training.divergence import NonFiniteGuard, find_nonfinite_gradient, forward_and_find_nonfinite
 from funnel.training.evaluate import Evaluation
-from funnel.training.loss import TaskLoss, loss_function
+from funnel.training.loss import TaskLoss
 from funnel.training.optim import LinearWarmupDecay, clip_grad_norm
 from funnel.training.state import TrainComponents
 
 CPU = torch.device("cpu")
+LOSS = TaskLoss(Classification(tiny_config()))
 
 
 def make_batch():
@@ -33,7 +36,7 @@ def components():
     model = FunnelForSequenceClassification(tiny_config()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainComponents(Distributed(CPU), model, model, FunnelTokenizer.train(["a"]), optimizer, scaler, "fp32", TaskLoss())
+    return TrainComponents(Distributed(CPU), model, model, FunnelTokenizer.train(["a"]), optimizer, scaler, "fp32", LOSS)
 
 
 def batches(start):
@@ -49,7 +52,7 @@ def make_guard(components):
 def take_steps(components, guard, n_steps, bad_steps=()):
     for step in range(n_steps):
         batch = make_batch()
-        loss = loss_function(components.model(**batch.inputs), batch.labels) * (math.nan if step in bad_steps else 1)
+        loss = LOSS(components.model, batch) * (math.nan if step in bad_steps else 1)
         loss.backward()
         guard.observe(loss.detach(), clip_grad_norm(components.model, 1.0))
         components.optimizer.step()
@@ -96,7 +99,7 @@ def test_a_cause_that_does_not_recur_is_reported_as_such(components):
 
 def test_the_first_layer_with_a_nonfinite_output_is_named(components):
     components.model.encoder.blocks[1][0].ffn.linear_1.weight.data[0, 0] = math.inf
-    _, cause = forward_and_find_nonfinite(components.model, TaskLoss(), make_batch())
+    _, cause = forward_and_find_nonfinite(components.model, LOSS, make_batch())
     assert "encoder.blocks.1.0.ffn.linear_1" in cause
 
 
@@ -105,12 +108,12 @@ def test_the_layer_is_named_also_if_the_model_is_compiled(components, compile_wi
     compile_regions(components.model.train())
     components.model(**make_batch().inputs)
     components.model.encoder.blocks[1][0].ffn.linear_1.weight.data[0, 0] = math.inf
-    _, cause = forward_and_find_nonfinite(components.model, TaskLoss(), make_batch())
+    _, cause = forward_and_find_nonfinite(components.model, LOSS, make_batch())
     assert "encoder.blocks.1.0.ffn.linear_1" in cause
 
 
 def test_a_finite_forward_pass_has_no_cause(components):
-    loss, cause = forward_and_find_nonfinite(components.model, TaskLoss(), make_batch())
+    loss, cause = forward_and_find_nonfinite(components.model, LOSS, make_batch())
     assert loss.isfinite()
     assert cause is None
 
@@ -119,7 +122,7 @@ def test_the_first_nonfinite_gradient_of_the_backward_pass_is_named(components):
     parameters = list(components.model.named_parameters())
     for number in (3, 7):
         parameters[number][1].register_hook(lambda gradient: gradient * math.nan)
-    loss, _ = forward_and_find_nonfinite(components.model, TaskLoss(), make_batch())
+    loss, _ = forward_and_find_nonfinite(components.model, LOSS, make_batch())
     loss.backward()
     cause = find_nonfinite_gradient(components.model)
     assert parameters[7][0] in cause
@@ -167,7 +170,7 @@ def test_an_evaluation_with_nonfinite_logits_ends_the_run(components, dtype, adv
     logits = torch.zeros(5, 2)
     results = {"dev": Evaluation(logits, {"loss": 1.0}), "dev_mismatched": Evaluation(logits.clone(), {"loss": math.nan})}
     guard.check_evaluation(1200, results)  # a loss that is NaN alone does not end a run
-    results["dev_mismatched"].logits[:2] = torch.tensor([math.nan, math.inf])
+    results["dev_mismatched"].results[:2] = torch.tensor([math.nan, math.inf])
     with pytest.raises(FunnelError) as error:
         guard.check_evaluation(1200, results)
     message = f"evaluation at step 1,200: the logits of 2 examples of dev_mismatched are not finite in {dtype}"
@@ -179,6 +182,6 @@ def test_an_evaluation_with_nonfinite_logits_ends_the_run(components, dtype, adv
 def test_the_diagnosis_uses_the_units_of_training():
     config = tiny_config(id2label={0: "score"}, problem_type="regression", label_mean=2e30, label_std=1e30)
     batch = text_batch(*padded_batch([5, 7]), torch.tensor([1e30, 3e30]))
-    loss, cause = forward_and_find_nonfinite(FunnelForSequenceClassification(config), TaskLoss(config.label_std), batch)
+    loss, cause = forward_and_find_nonfinite(FunnelForSequenceClassification(config), TaskLoss(Regression(config)), batch)
     assert cause is None
     assert loss.item() < 100

@@ -5,12 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import padded_batch, tiny_config
 from torch import nn
 
 from funnel.model.heads import FunnelForSequenceClassification, FunnelForTokenClassification
 from funnel.training.distributed import Distributed
-from funnel.training.loss import loss_function
 from funnel.training.optim import LinearWarmupDecay, build_adamw, clip_grad_norm, layer_lr_scales, param_groups
 
 
@@ -144,7 +144,7 @@ def test_set_changes_all_parameter_groups():
 def test_clipping_uses_the_norm_over_all_gradients():
     torch.manual_seed(0)
     model = FunnelForSequenceClassification(tiny_config())
-    loss_function(model(*padded_batch([5, 7])), torch.tensor([0, 1])).mul(100).backward()
+    F.cross_entropy(model(*padded_batch([5, 7])), torch.tensor([0, 1])).mul(100).backward()
 
     def global_norm():
         return torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm().item()
@@ -162,7 +162,7 @@ def test_a_fused_optimizer_that_clips_takes_the_same_step_as_one_after_clipping(
         model = FunnelForSequenceClassification(tiny_config())
         optimizer = torch.optim.AdamW(param_groups(model, 0.01), lr=0.01, eps=1.0, fused=True)  # eps: no sign descent
         for scale in (100, 1):
-            loss_function(model(*padded_batch([5, 7])), torch.tensor([0, 1])).mul(scale).backward()
+            F.cross_entropy(model(*padded_batch([5, 7])), torch.tensor([0, 1])).mul(scale).backward()
             norm = clip_grad_norm(model, max_norm, optimizer if is_fused else None)
             assert scale == 1 or float(norm) > 0.5
             optimizer.step()
@@ -174,7 +174,7 @@ def test_a_fused_optimizer_that_clips_takes_the_same_step_as_one_after_clipping(
 def test_a_step_without_clipping_after_one_with_clipping_is_not_scaled():
     model = FunnelForSequenceClassification(tiny_config())
     optimizer = build_adamw(param_groups(model, 0.01), 0.01)
-    loss_function(model(*padded_batch([5, 7])), torch.tensor([0, 1])).backward()
+    F.cross_entropy(model(*padded_batch([5, 7])), torch.tensor([0, 1])).backward()
     clip_grad_norm(model, 1e-3, optimizer)
     assert float(optimizer.grad_scale) > 1
     optimizer.step()
@@ -190,7 +190,7 @@ def train_a_few_steps(model, optimizer, steps=range(3)):
     linear = LinearWarmupDecay(optimizer, 0.01, range(10), 0.5)
     for step in steps:
         linear.set(step)
-        loss_function(model(*padded_batch([5, 7])), torch.tensor([0, 1])).backward()
+        F.cross_entropy(model(*padded_batch([5, 7])), torch.tensor([0, 1])).backward()
         optimizer.step()
         optimizer.zero_grad()
 

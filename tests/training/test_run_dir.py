@@ -13,6 +13,7 @@ from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.io import atomic_folder, folder_versions
 from funnel.model.heads import FunnelForSequenceClassification
+from funnel.problems.classification import Classification
 from funnel.training.distributed import Distributed
 from funnel.training.loss import TaskLoss
 from funnel.training.run_dir import RunDir, create_unused_folder, read_arguments, read_record
@@ -20,6 +21,7 @@ from funnel.training.state import TrainComponents, TrainState
 from train import TrainArgs
 
 DIST = Distributed(torch.device("cpu"))
+PROBLEM = Classification(tiny_config(vocab_size=99))
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,9 @@ def components():
     model = FunnelForSequenceClassification(tiny_config(vocab_size=99))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainComponents(DIST, model, model, FunnelTokenizer.train(["a good film"]), optimizer, scaler, "fp32", TaskLoss())
+    return TrainComponents(
+        DIST, model, model, FunnelTokenizer.train(["a good film"]), optimizer, scaler, "fp32", TaskLoss(PROBLEM), PROBLEM
+    )
 
 
 def save_steps(run, components, *steps):

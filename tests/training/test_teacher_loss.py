@@ -12,7 +12,9 @@ from funnel.data.batches import text_batch
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.model.heads import FunnelForSequenceClassification, FunnelModel
-from funnel.training.loss import TaskLoss, loss_function
+from funnel.problems.classification import Classification
+from funnel.problems.registry import problem_of
+from funnel.problems.regression import Regression
 from funnel.training.teacher import DistillationLoss, Teacher, TeacherArgs, cls_distance, training_loss
 
 CPU = torch.device("cpu")
@@ -69,7 +71,7 @@ def test_the_loss_of_classes(weight):
     p, q = softmax(expected / 2), softmax(logits / 2)
     divergence = (p * np.log(p / q)).sum(1).mean()
     by_hand = (1 - weight) * cross_entropy + weight * (4 * divergence + 0.1 * numpy_cls_distance(cls, teacher_cls))
-    loss = DistillationLoss(TaskLoss(), Teacher(teacher), weight)(student, batch)
+    loss = DistillationLoss(Classification(student.config), Teacher(teacher), weight)(student, batch)
     assert loss.item() == pytest.approx(by_hand, rel=1e-5)
 
 
@@ -79,14 +81,14 @@ def test_the_loss_of_scores_is_in_standardized_units():
     (scores, cls), (expected, teacher_cls) = outputs(student, batch), outputs(teacher, batch)
     errors = [(((scores - other) / 4) ** 2).mean() for other in (np.array([[1.5], [7.0], [-2.0]]), expected)]
     by_hand = 0.25 * errors[0] + 0.75 * (errors[1] + 0.1 * numpy_cls_distance(cls, teacher_cls))
-    loss = DistillationLoss(TaskLoss(4.0), Teacher(teacher), 0.75)(student, batch)
+    loss = DistillationLoss(Regression(student.config), Teacher(teacher), 0.75)(student, batch)
     assert loss.item() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_states_of_other_widths_are_not_compared():
     student, teacher, batch = make_model(0), make_model(1, d_model=24), make_batch([2, 0, 1])
     p, q = (softmax(outputs(model, batch)[0] / 2) for model in (teacher, student))
-    loss = DistillationLoss(TaskLoss(), Teacher(teacher), 1.0)(student, batch)
+    loss = DistillationLoss(Classification(student.config), Teacher(teacher), 1.0)(student, batch)
     assert loss.item() == pytest.approx(4 * (p * np.log(p / q)).sum(1).mean(), rel=1e-5)
 
 
@@ -94,19 +96,20 @@ def test_states_of_other_widths_are_not_compared():
 def test_a_student_that_is_the_teacher_has_no_teacher_loss(changes):
     model = make_model(**changes).eval()
     batch = make_batch([0.0, 1.0, 0.0] if changes else [0, 1, 0])
-    loss = DistillationLoss(TaskLoss(), Teacher(copy.deepcopy(model)), 1.0)(model, batch)
+    loss = DistillationLoss(problem_of(type(model).__name__, model.config), Teacher(copy.deepcopy(model)), 1.0)(model, batch)
     assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
 def test_micro_batches_add_up():
-    loss, student, batch = DistillationLoss(TaskLoss(), Teacher(make_model(1)), 0.5), make_model(0), make_batch([2, 0, 1])
+    student, batch = make_model(0), make_batch([2, 0, 1])
+    loss = DistillationLoss(Classification(student.config), Teacher(make_model(1)), 0.5)
     parts = sum(loss(student, micro) * micro.weight for micro in batch.split(2))
     torch.testing.assert_close(parts, loss(student, batch))
 
 
 def test_only_the_student_gets_gradients():
     student, teacher = make_model(0), Teacher(make_model(1, hidden_dropout=0.5))
-    loss = DistillationLoss(TaskLoss(), teacher, 1.0)
+    loss = DistillationLoss(Classification(student.config), teacher, 1.0)
     student.train()
     first, second = (loss(student, make_batch([2, 0, 1])) for _ in range(2))
     assert first == second  # the teacher has no dropout
@@ -146,15 +149,16 @@ def test_a_teacher_with_other_token_ids_is_mapped(tmp_path):
 def test_a_run_is_read_from_its_best_checkpoint(tmp_path):
     save(make_model(1), tmp_path / "run/best")
     (tmp_path / "run/run.json").write_text("{}")
-    loss = training_loss(TeacherArgs(tmp_path / "run"), make_model(), make_tokenizer(), CPU)
+    loss = training_loss(TeacherArgs(tmp_path / "run"), Classification(make_model().config), make_tokenizer(), CPU)
     assert isinstance(loss, DistillationLoss)
     assert loss.weight == 0.5
 
 
 def test_without_a_teacher_the_loss_is_that_of_the_labels():
     model, batch = make_model(**REGRESSION, label_std=2.0), make_batch([1.0, 2.0, 3.0])
-    loss = training_loss(TeacherArgs(), model, make_tokenizer(), CPU)
-    assert loss(model, batch) == loss_function(model(**batch.inputs), batch.labels, 2.0)
+    loss = training_loss(TeacherArgs(), Regression(model.config), make_tokenizer(), CPU)
+    expected = ((model(**batch.inputs).squeeze(1) - batch.labels) / 2).square().mean()
+    assert loss(model, batch) == expected
     with pytest.raises(FunnelError, match="teacher_weight has no effect without a teacher"):
         TeacherArgs(teacher_weight=0.25).check_teacher()
 

@@ -24,7 +24,7 @@ from funnel.model.encoder import activation
 from funnel.model.heads import MODELS, FunnelBaseModel, FunnelForSequenceClassification, FunnelModel, FunnelPreTrainedModel
 from funnel.weights import bert_family
 from funnel.weights.bert_family import ACTIVATION_NAMES, UNSUPPORTED
-from funnel.weights.build import WeightsArgs, build_classifier
+from funnel.weights.build import WeightsArgs, build_task_model
 from funnel.weights.export import write_transformers
 from funnel.weights.key_map import POOLER
 from funnel.weights.load import Source, read_source
@@ -41,9 +41,13 @@ HEADS = {
     "MPNet": ["ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"],
 }  # fmt: skip
 HEADS_OF_FAMILIES = [(kind, head) for kind, heads in HEADS.items() for head in heads]
+SPAN_HEAD = "ForQuestionAnswering"
 LM_HEADS = [
     *((kind, "ForMaskedLM") for kind in BERT_LIKE),
     *((kind, "ForPreTraining") for kind in ("BERT", "ALBERT", "ELECTRA", "ELECTRA without projection")),
+]
+OTHER_HEADS = [
+    pair for pair in HEADS_OF_FAMILIES if pair not in LM_HEADS and pair[1] not in ("ForTokenClassification", SPAN_HEAD)
 ]
 
 
@@ -155,7 +159,32 @@ def test_classifiers_give_the_logits_of_transformers(kind, options, tmp_path):
     assert expected.std() > 0.01
 
 
-@pytest.mark.parametrize(("kind", "head"), [pair for pair in HEADS_OF_FAMILIES if pair not in LM_HEADS])
+@pytest.mark.parametrize("kind", BERT_LIKE)
+def test_token_classifiers_give_the_logits_of_transformers(kind, tmp_path):
+    labels = {0: "O", 1: "B-x", 2: "I-x"}
+    peer = make_bert_folder(tmp_path, "ForTokenClassification", kind, id2label=labels)
+    source = read_source(tmp_path)
+    assert (source.architecture, source.config.id2label) == ("FunnelForTokenClassification", labels)
+    assert not source.unused
+    batch = pairs_batch(peer)
+    with torch.no_grad():
+        expected = peer(**bert_inputs(batch, peer.config)).logits[batch[1] == 1]
+        logits = build(source)(*batch)[batch[1] == 1]
+    assert (logits - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+    assert expected.std() > 0.01
+
+
+def test_the_pooler_of_an_old_token_classifier_is_left_out(tmp_path):
+    make_bert_folder(tmp_path, "ForTokenClassification")
+    weights = load_file(tmp_path / "model.safetensors")
+    pooler = {"bert.pooler.dense.weight": torch.ones(32, 32), "bert.pooler.dense.bias": torch.ones(32)}
+    save_file(weights | pooler, tmp_path / "model.safetensors", {"format": "pt"})
+    source = read_source(tmp_path)
+    assert source.architecture == "FunnelForTokenClassification"
+    assert source.unused.keys() == pooler.keys()
+
+
+@pytest.mark.parametrize(("kind", "head"), OTHER_HEADS)
 def test_a_model_with_another_head_becomes_a_bare_model(kind, head, tmp_path):
     peer = make_bert_folder(tmp_path, head, kind)
     source = read_source(tmp_path)
@@ -274,7 +303,7 @@ def test_a_classifier_for_a_new_task_starts_from_the_pooler(tmp_path):
     peer = make_bert_folder(tmp_path)
     files = {"train": InMemoryExamples(["the film", "a film"], None, ["bad", "good"])}
     task = Task("custom", "test", {"bad": "bad", "good": "good"}, (), 8, 1, 1e-3, files=files)
-    built = build_classifier(WeightsArgs(weights=str(tmp_path), blocks="2,2"), task, 32)
+    built = build_task_model(WeightsArgs(weights=str(tmp_path), blocks="2,2"), task, 32)
     assert built.has_new_head
     assert torch.equal(built.model.classifier.linear_hidden.weight, peer.pooler.dense.weight)
     assert torch.equal(built.model.classifier.linear_hidden.bias, peer.pooler.dense.bias)
@@ -475,6 +504,21 @@ def test_transformers_computes_the_same_logits_from_an_export(kind, labels, tmp_
         )
 
 
+@pytest.mark.parametrize("kind", BERT_LIKE)
+def test_transformers_computes_the_same_labels_of_tokens_from_an_export(kind, tmp_path):
+    make_bert_folder(tmp_path / "source", "ForTokenClassification", kind, id2label={0: "O", 1: "B-x", 2: "I-x"})
+    saved = perturbed(read_source(tmp_path / "source"))
+    folder = export(tmp_path / "out", saved)
+    peer, report = transformers.AutoModelForTokenClassification.from_pretrained(folder, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert peer.config.id2label == saved.config.id2label
+    batch = pairs_batch(peer)
+    with torch.no_grad():
+        logits = peer.eval()(**bert_inputs(batch, peer.config)).logits
+        torch.testing.assert_close(logits[batch[1] == 1], build(saved)(*batch)[batch[1] == 1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "head"), LM_HEADS)
 def test_transformers_computes_the_same_token_logits_from_an_export(kind, head, tmp_path):
     make_bert_folder(tmp_path / "source", head, kind)
@@ -492,7 +536,36 @@ def test_transformers_computes_the_same_token_logits_from_an_export(kind, head, 
 
 
 @pytest.mark.parametrize("kind", BERT_LIKE)
-@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForMaskedLM"])
+def test_transformers_computes_the_same_span_logits_before_and_after_an_export(kind, tmp_path):
+    original = make_bert_folder(tmp_path / "source", SPAN_HEAD, kind)
+    source = read_source(tmp_path / "source")
+    assert source.architecture == "FunnelForQuestionAnswering"
+    saved = perturbed(source)
+    auto = transformers.AutoModelForQuestionAnswering
+    exported, report = auto.from_pretrained(export(tmp_path / "out", saved), output_loading_info=True)
+    assert type(exported) is type(original)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    batch = pairs_batch(original)
+    is_token = batch[1] == 1
+    for peer, model in ((original, build(source)), (exported.eval(), build(saved))):
+        with torch.no_grad():
+            output = peer(**bert_inputs(batch, peer.config))
+            expected, logits = torch.stack([output.start_logits, output.end_logits], -1)[is_token], model(*batch)[is_token]
+        assert expected.std() > 0.1
+        assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_model_with_decoder_layers_is_not_exported_as_a_bert(tmp_path):
+    make_bert_folder(tmp_path / "source", SPAN_HEAD)
+    source = read_source(tmp_path / "source")
+    saved = Checkpoint(source.config.replace(num_decoder_layers=1), source.weights, source.architecture)
+    with pytest.raises(FunnelError, match="transformers has no BERT with num_decoder_layers 1"):
+        export(tmp_path / "out", saved)
+
+
+@pytest.mark.parametrize("kind", BERT_LIKE)
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForMaskedLM", SPAN_HEAD])
 def test_export_and_import_are_bit_exact(kind, head, tmp_path):
     make_bert_folder(tmp_path / "source", head, kind)
     source = read_source(tmp_path / "source")
@@ -542,7 +615,7 @@ def test_models_that_transformers_does_not_have_are_errors(kind, changes, words,
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("cls_name", ["FunnelModel", "FunnelForMultipleChoice", "FunnelForPreTraining"])
+@pytest.mark.parametrize("cls_name", ["FunnelModel", "FunnelForPreTraining"])
 def test_other_heads_are_errors(cls_name, tmp_path):
     make_bert_folder(tmp_path / "source")
     config = read_source(tmp_path / "source").config

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_config
 
 from funnel.cli.convert import convert
-from funnel.data.dataset import Dataset
+from funnel.data.encoding import encode_texts
 from funnel.data.files import ExampleFile, InMemoryExamples
 from funnel.data.tasks import Task
 from funnel.data.tokenizer import FunnelTokenizer
@@ -18,7 +18,7 @@ from funnel.errors import FunnelError
 from funnel.model import flops
 from funnel.model.checkpoint import load_checkpoint
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.weights.build import WeightsArgs, build_classifier
+from funnel.weights.build import WeightsArgs, build_task_model
 
 LABELS = ["bad", "good"]
 TEXTS = ["a good film", "a bad film"]
@@ -30,7 +30,7 @@ def make_task(labels: list[str] | None = LABELS, **files) -> Task:
 
 
 def build(args: WeightsArgs, labels: list[str] | None = LABELS):
-    return build_classifier(args, make_task(labels), 128)
+    return build_task_model(args, make_task(labels), 128)
 
 
 def save_classifier(folder: Path, labels: list[str] = LABELS, **changes) -> Path:
@@ -74,25 +74,25 @@ BERT_LIKE = {"relative_attention": False, "position_embeddings": 16, "token_type
 def test_max_length_beyond_the_position_embeddings_is_an_error(tmp_path):
     folder = save_classifier(tmp_path / "weights", blocks="3", **BERT_LIKE)
     with pytest.raises(FunnelError, match=r"max_length 17: .* has position embeddings for only 16 tokens") as error:
-        build_classifier(WeightsArgs(str(folder)), make_task(), 17)
+        build_task_model(WeightsArgs(str(folder)), make_task(), 17)
     assert error.value.parameter == "max_length"
     for max_length in (16, None):  # None: the task's 128, limited by the position embeddings
-        assert build_classifier(WeightsArgs(str(folder)), make_task(), max_length).model.config.model_max_length == 16
+        assert build_task_model(WeightsArgs(str(folder)), make_task(), max_length).model.config.model_max_length == 16
 
 
 def test_a_model_without_pooling_gets_a_recommended_layout(tmp_path):
     folder = save_classifier(tmp_path / "weights", blocks="6", **BERT_LIKE)
-    built = build_classifier(WeightsArgs(str(folder)), make_task(), 16)
+    built = build_task_model(WeightsArgs(str(folder)), make_task(), 16)
     assert built.note.startswith("layout 6 does not pool; blocks 4,2 would use 90% of its FLOPs at 16 tokens")
-    assert build_classifier(WeightsArgs(str(folder), "6"), make_task(), 16).note == ""  # chosen by the user
+    assert build_task_model(WeightsArgs(str(folder), "6"), make_task(), 16).note == ""  # chosen by the user
     small = save_classifier(tmp_path / "small", blocks="4", **BERT_LIKE)
-    assert build_classifier(WeightsArgs(str(small)), make_task(), 16).note == ""  # 3,1 would save nothing
-    assert build_classifier(WeightsArgs(str(folder), "4,2"), make_task(), 16).note == ""
+    assert build_task_model(WeightsArgs(str(small)), make_task(), 16).note == ""  # 3,1 would save nothing
+    assert build_task_model(WeightsArgs(str(folder), "4,2"), make_task(), 16).note == ""
 
 
 def test_blocks_copy_a_layer_that_an_albert_shares(tmp_path):
     folder = save_classifier(tmp_path / "weights", blocks="1x12", embedding_size=8, **BERT_LIKE)
-    built = build_classifier(WeightsArgs(str(folder), "1x4,1x4,1x4"), make_task(), 16)
+    built = build_task_model(WeightsArgs(str(folder), "1x4,1x4,1x4"), make_task(), 16)
     assert "3 layers copied from 1 shared layer" in built.origin
     layers = [built.model.encoder.layers(block)[0] for block in range(3)]
     assert all(torch.equal(layer.ffn.linear_1.weight, layers[0].ffn.linear_1.weight) for layer in layers)
@@ -148,10 +148,10 @@ def test_config_records_how_texts_are_encoded(tmp_path):
     args = WeightsArgs(str(save_classifier(tmp_path / "old", text_columns=("old",), model_max_length=7)))
     for columns, recorded in ((("first", "second"), ("first", "second")), ((3,), ("3",))):
         task = make_task(train=ExampleFile(tmp_path / "train.tsv", columns, "label"))
-        config = build_classifier(args, task, 64).model.config
+        config = build_task_model(args, task, 64).model.config
         assert (config.model_max_length, config.text_columns) == (64, recorded)
     joined = make_task(train=ExampleFile(tmp_path / "train.csv", (1, 2), 0, joined=True))  # a single text
-    assert build_classifier(args, joined, 64).model.config.text_columns == ()
+    assert build_task_model(args, joined, 64).model.config.text_columns == ()
 
 
 def test_escaped_special_tokens_are_saved_with_the_tokenizer(tmp_path):
@@ -253,7 +253,7 @@ def test_multi_label_weights_start_a_single_label_classifier(tmp_path):
 
 
 def labeled(built, labels):
-    dataset = Dataset.from_texts(["a good film"] * len(labels), None, built.tokenizer, 32)
+    dataset = encode_texts(["a good film"] * len(labels), None, built.tokenizer, 32)
     return replace(dataset, rows=dataset.rows._replace(labels=np.array(labels, dtype=np.float32)))
 
 

@@ -15,8 +15,14 @@ import convert_weights
 from funnel.cli.convert import convert
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
-from funnel.inference import Classifier, InputFormat
-from funnel.model.heads import FunnelForSequenceClassification, FunnelForTokenClassification
+from funnel.inference.classifier import Classifier
+from funnel.inference.predictor import InputFormat
+from funnel.model.heads import (
+    FunnelForMaskedLM,
+    FunnelForQuestionAnswering,
+    FunnelForSequenceClassification,
+    FunnelForTokenClassification,
+)
 from funnel.weights.export import INPUTS, export_onnx, export_torch, max_length
 
 BATCHES = [([1], 1), ([2], 2), ([5, 3], 5), ([8, 2, 8], 8), ([16, 9], 16), ([17], 17), ([30, 64, 1, 50], 65), ([130], 130)]
@@ -69,6 +75,43 @@ def test_exported_models_give_the_same_logits_for_any_batch_and_length(changes, 
     if limit is not None:
         with pytest.raises(Exception, match="out of data bounds"):
             session.run(None, {name: tensor.numpy() for name, tensor in zip(INPUTS, too_long, strict=True)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"blocks": "1,1", "num_decoder_layers": 0}, {**ABSOLUTE, "blocks": "2"}], ids=str)
+def test_exported_question_answerers_give_the_same_logits_for_all_tokens(changes, tmp_path):
+    torch.manual_seed(0)
+    model = FunnelForQuestionAnswering(tiny_config(**{"blocks": "1,1,1", "num_decoder_layers": 1, **changes})).eval()
+    exported = export_torch(model)
+    export_onnx(exported, tmp_path / "model.onnx")
+    session = pytest.importorskip("onnxruntime", reason="needs the extra onnx").InferenceSession(tmp_path / "model.onnx")
+    for lengths, width in BATCHES[:-1]:
+        batch = padded_batch(lengths, width)
+        (logits,) = session.run(None, {name: tensor.numpy() for name, tensor in zip(INPUTS, batch, strict=True)})
+        with torch.no_grad():
+            expected, is_token = model(*batch), batch[1] == 1
+            for found in (exported.module()(*batch), torch.from_numpy(logits)):
+                assert found.shape == expected.shape
+                torch.testing.assert_close(found[is_token], expected[is_token], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, CONFIGS[3]], ids=str)
+def test_exported_token_classifiers_have_logits_for_every_token_and_none_for_padding(changes, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    torch.manual_seed(0)
+    model = FunnelForTokenClassification(tiny_config(num_decoder_layers=1, **{"blocks": "1,1,1", **changes})).eval()
+    exported = export_torch(model)
+    export_onnx(exported, tmp_path / "model.onnx")
+    session, program = runtime.InferenceSession(tmp_path / "model.onnx"), exported.module()
+    for lengths, width in BATCHES[:-1]:
+        batch = padded_batch(lengths, width)
+        is_token = batch[1] == 1
+        with torch.no_grad():
+            expected, logits = model(*batch), program(*batch)
+        (onnx,) = session.run(None, {name: tensor.numpy() for name, tensor in zip(INPUTS, batch, strict=True)})
+        assert onnx.shape == logits.shape == expected.shape
+        for actual in (logits, torch.from_numpy(onnx)):
+            torch.testing.assert_close(actual[is_token], expected[is_token], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +185,11 @@ def test_weights_without_a_tokenizer_are_exported_with_a_warning(tmp_path):
 
 def test_a_bare_model_with_a_pooler_cannot_be_exported_to_onnx(tmp_path):
     make_bert_folder(tmp_path / "bert")
-    with pytest.raises(FunnelError, match="cannot export a FunnelBaseModel, only a FunnelForSequenceClassification"):
+    with pytest.raises(FunnelError, match="cannot export a FunnelBaseModel, only FunnelForSequenceClassification, "):
         convert(str(tmp_path / "bert"), tmp_path / "onnx", "onnx")
     assert not (tmp_path / "onnx").exists()
 
 
-def test_only_sequence_classifiers_can_be_exported():
-    with pytest.raises(FunnelError, match="cannot export a FunnelForTokenClassification"):
-        export_torch(FunnelForTokenClassification(tiny_config()))
+def test_only_classifiers_can_be_exported():
+    with pytest.raises(FunnelError, match="cannot export a FunnelForMaskedLM"):
+        export_torch(FunnelForMaskedLM(tiny_config()))

@@ -47,7 +47,9 @@ def untrained(tiny_weights, tmp_path):
     """The same network with random weights, initialized as for training from scratch."""
     torch.manual_seed(0)
     model = FunnelBaseModel(read_source_config(tiny_weights).replace(num_decoder_layers=0))
-    model.embeddings.word_embeddings.weight.data *= 0.02  # as funnel.weights.build.RandomSource
+    for table in model.embeddings.children():
+        if isinstance(table, torch.nn.Embedding):
+            table.weight.data *= 0.02  # as in BERT's initialization
     model.save_pretrained(tmp_path / "untrained")
     FunnelTokenizer.load(tiny_weights).save(tmp_path / "untrained")
     return "untrained"

@@ -5,13 +5,19 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
+from conftest import tiny_config
 
+from funnel.data.encoding import encode_texts
+from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
-from funnel.training.metrics import METRICS, get_metric, selection_key
+from funnel.problems.classification import Classification
+from funnel.problems.metrics import CLASSIFICATION, REGRESSION, selection_key
 from funnel.training.state import TrainState
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference")
 stats = pytest.importorskip("scipy.stats", reason="scipy is the reference")
+METRICS = CLASSIFICATION | REGRESSION
 REFERENCES = {
     "accuracy": sklearn_metrics.accuracy_score,
     "f1": lambda labels, predictions: sklearn_metrics.f1_score(labels, predictions, zero_division=0),
@@ -74,14 +80,18 @@ def test_f1_of_a_named_class_equals_scikit_learn():
     random, names = np.random.default_rng(0), ["a", "macro", "c"]
     predictions, labels = random.integers(0, 3, 50), random.integers(0, 3, 50)
     expected = sklearn_metrics.f1_score(labels, predictions, labels=[2], average=None)[0]
-    assert get_metric("f1 (c)", names)(predictions, labels) == pytest.approx(expected)
+    assert Classification.metric_functions(names)["f1 (c)"](predictions, labels) == pytest.approx(expected)
     macro = sklearn_metrics.f1_score(labels, predictions, average="macro")
-    assert get_metric("f1 (macro)", names)(predictions, labels) == pytest.approx(macro)  # a class has this name, too
+    assert Classification.metric_functions(names)["f1 (macro)"](predictions, labels) == pytest.approx(
+        macro
+    )  # a class has this name, too
 
 
 def test_an_unknown_metric_is_an_error_that_lists_the_choices():
-    with pytest.raises(FunnelError, match=r"unknown metric 'f1 \(d\)'; choose from accuracy, f1, .*, loss, f1 \(a\)$"):
-        get_metric("f1 (d)", ["a"])
+    problem = Classification(tiny_config(id2label={0: "a"}))
+    dataset = encode_texts(["a"], None, FunnelTokenizer.train(["a"]), 8)
+    with pytest.raises(FunnelError, match=r"unknown metric 'f1 \(d\)'; choose from accuracy, f1, .*, f1 \(a\), loss$"):
+        problem.score(torch.zeros(1, 1), dataset, ["f1 (d)"])
 
 
 # --- the order of evaluations -----------------------------------------------------------------------------------------

@@ -1,16 +1,15 @@
 """Evaluation metrics; they match scikit-learn and SciPy including in degenerate cases.
 
-Predictions and labels are arrays of the same length: label ids from 0, or scores.
+Predictions and labels are arrays of the same length: label ids from 0, scores, or one indicator per class.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from funnel.errors import FunnelError, format_list
+Metric = Callable[[Any, Any], float]  # of predictions and labels
 
 LOSS = "loss"  # may be chosen like a metric, but is computed from the logits
 LOWER_IS_BETTER = frozenset({LOSS, "rmse"})
@@ -71,41 +70,33 @@ def rmse(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float(np.sqrt(np.square(predictions.astype(np.float64) - labels).mean()))
 
 
+def micro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """F1 over all decisions. [n, k] each; nonzero where a class applies. 0 if precision and recall are both 0."""
+    return f1_of_class(1, (predictions != 0).astype(int), (labels != 0).astype(int))
+
+
+def mean_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Unweighted mean of F1 over all classes. [n, k] each; 0 for a class that is neither predicted nor a label."""
+    return float(np.mean([micro_f1(predictions[:, k], labels[:, k]) for k in range(labels.shape[1])]))
+
+
+def subset_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The fraction of examples whose classes are all right. [n, k] each."""
+    return float(((predictions != 0) == (labels != 0)).all(1).mean())
+
+
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1; equal values get their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "f1 (macro)": macro_f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
-    "rmse": rmse,
-}
+CLASSIFICATION: dict[str, Metric] = {"accuracy": accuracy, "f1": f1, "f1 (macro)": macro_f1, "matthews": matthews}
+MULTI_LABEL: dict[str, Metric] = {"f1 (micro)": micro_f1, "f1 (macro)": mean_f1, "subset accuracy": subset_accuracy}
+REGRESSION: dict[str, Metric] = {"pearson": pearson, "spearman": spearman, "rmse": rmse}
 
 
-# --- metrics by name --------------------------------------------------------------------------------------------------
-
-
-def get_metric(name: str, label_names: Sequence[str] = ()) -> Callable[[np.ndarray, np.ndarray], float] | None:
-    """The metric with this name: a key of `METRICS`, or "f1 (LABEL)" for the F1 of one class; None for "loss".
-
-    Args:
-        label_names: names of the classes, for "f1 (LABEL)".
-
-    Raises:
-        FunnelError: there is no such metric.
-    """
-    of_classes = {f"f1 ({label})": partial(f1_of_class, i) for i, label in enumerate(label_names)}
-    known = {**of_classes, **METRICS, LOSS: None}  # "f1 (macro)" is the mean even if a class is called "macro"
-    if name not in known:
-        choices = format_list([*METRICS, LOSS, *of_classes])
-        raise FunnelError(f"unknown metric {name!r}; choose from {choices}")
-    return known[name]
+# --- choosing the best evaluation -------------------------------------------------------------------------------------
 
 
 def selection_key(scores: Mapping[str, Any], metric: str) -> tuple[float, float]:

@@ -8,9 +8,10 @@ import torch
 from conftest import tiny_config
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from funnel.data.dataset import Dataset
+from funnel.data.encoding import encode_texts
 from funnel.data.tokenizer import FunnelTokenizer
-from funnel.training.error_analysis import analyze_errors, single_class_warning
+from funnel.problems.error_analysis import single_class_warning
+from funnel.problems.registry import problem_of
 
 TEXTS = ["a good film", "a bad film", "no film", "good", "bad", ""]
 REGRESSION = tiny_config(id2label={0: "score"}, problem_type="regression")
@@ -22,8 +23,12 @@ def tokenizer():
 
 
 def make_dataset(tokenizer, labels, pairs=None):
-    dataset = Dataset.from_texts(TEXTS, pairs, tokenizer, 32)
+    dataset = encode_texts(TEXTS, pairs, tokenizer, 32)
     return replace(dataset, rows=dataset.rows._replace(labels=np.array(labels)))
+
+
+def analyze(logits, dataset, config, tokenizer):
+    return problem_of("FunnelForSequenceClassification", config).analyze(logits, dataset, tokenizer)
 
 
 def classifier_config(names):
@@ -33,7 +38,7 @@ def classifier_config(names):
 def test_confusion_matrix_and_mistakes_in_order_of_loss(tokenizer):
     labels = [0, 1, 2, 1, 0, 2]
     logits = torch.tensor([[3.0, 0, 0], [9, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [5, 5, 0]])
-    results = analyze_errors(logits, make_dataset(tokenizer, labels), classifier_config(["bad", "good", "none"]), tokenizer)
+    results = analyze(logits, make_dataset(tokenizer, labels), classifier_config(["bad", "good", "none"]), tokenizer)
     assert results["confusion"] == confusion_matrix(labels, logits.argmax(1)).tolist()
     assert [mistake["text"] for mistake in results["mistakes"]] == ["a bad film", "", "good", "bad"]
     worst = results["mistakes"][0]
@@ -45,7 +50,7 @@ def test_confusion_matrix_and_mistakes_in_order_of_loss(tokenizer):
 def test_regression_lists_the_largest_differences_first(tokenizer):
     dataset = make_dataset(tokenizer, np.array([1, 2, 3, 4, 5, 0], dtype=np.float32))
     logits = torch.tensor([[1.0], [5], [3], [2], [5], [0]])
-    results = analyze_errors(logits, dataset, REGRESSION, tokenizer)
+    results = analyze(logits, dataset, REGRESSION, tokenizer)
     assert [mistake["text"] for mistake in results["mistakes"]][:2] == ["a bad film", "good"]
     assert results["points"][1] == [2.0, 5.0]
     assert "confusion" not in results
@@ -54,16 +59,16 @@ def test_regression_lists_the_largest_differences_first(tokenizer):
 def test_texts_of_a_pair_are_separated(tokenizer):
     logits = torch.tensor([[1.0, 0]] * 6)
     dataset = make_dataset(tokenizer, [1] * 6, pairs=["no film"] * 6)
-    results = analyze_errors(logits, dataset, classifier_config(["no", "yes"]), tokenizer)
+    results = analyze(logits, dataset, classifier_config(["no", "yes"]), tokenizer)
     assert results["mistakes"][0]["text"] == "a good film | no film"
 
 
 def test_correct_predictions_are_not_mistakes_and_nan_is_the_worst_mistake(tokenizer):
     logits = torch.tensor([[1.0, 0]] * 6)
     config = classifier_config(["no", "yes"])
-    assert analyze_errors(logits, make_dataset(tokenizer, [0] * 6), config, tokenizer)["mistakes"] == []
+    assert analyze(logits, make_dataset(tokenizer, [0] * 6), config, tokenizer)["mistakes"] == []
     logits[3] = float("nan")
-    results = analyze_errors(logits, make_dataset(tokenizer, [1, 0, 0, 1, 0, 0]), config, tokenizer)
+    results = analyze(logits, make_dataset(tokenizer, [1, 0, 0, 1, 0, 0]), config, tokenizer)
     assert results["mistakes"][0]["text"] == "good"
 
 
@@ -71,7 +76,7 @@ def test_scores_of_each_class_equal_scikit_learn(tokenizer):
     labels, predictions = [0, 0, 1, 1, 1, 3], [0, 1, 1, 1, 0, 2]  # class 2 does not occur, class 3 is never predicted
     logits = torch.nn.functional.one_hot(torch.tensor(predictions), 4).float()
     config = classifier_config(["a", "b", "c", "d"])
-    classes = analyze_errors(logits, make_dataset(tokenizer, labels), config, tokenizer)["classes"]
+    classes = analyze(logits, make_dataset(tokenizer, labels), config, tokenizer)["classes"]
     expected = precision_recall_fscore_support(labels, predictions, labels=range(4), zero_division=0)
     actual = zip(*([row[name] for name in ("precision", "recall", "f1", "examples")] for row in classes), strict=True)
     assert [row["label"] for row in classes] == ["a", "b", "c", "d"]
@@ -82,7 +87,7 @@ def test_scores_of_each_class_equal_scikit_learn(tokenizer):
 def test_a_single_predicted_class_gives_a_warning(tokenizer):
     def warning(predictions, labels):
         logits = torch.nn.functional.one_hot(torch.tensor(predictions), 2).float()
-        evaluation = analyze_errors(logits, make_dataset(tokenizer, labels), classifier_config(["no", "yes"]), tokenizer)
+        evaluation = analyze(logits, make_dataset(tokenizer, labels), classifier_config(["no", "yes"]), tokenizer)
         return single_class_warning(evaluation)
 
     message = warning([1] * 6, [0, 1, 1, 1, 0, 1])

@@ -1,0 +1,143 @@
+"""`funnel predict` and `funnel evaluate` for token classifiers."""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TextIO
+
+from funnel.cli.common import check_output, files_of_run, flag
+from funnel.errors import FunnelError, plural
+
+if TYPE_CHECKING:
+    from funnel.data.tagged import TaggedFile
+    from funnel.inference.tokens import Entity
+
+NO_EFFECT = ("pair", "text_pair_column", "keep_columns")
+OUTPUTS = (".jsonl", ".conll")
+SEPARATORS = re.compile(r"[\t\r\n]")  # of columns and rows; replaced in words
+CHUNK_SIZE = 4096  # texts held in memory at a time
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Prints the entities of texts, or writes the tags of a file.
+
+    Raises:
+        FunnelError: arguments conflict, the model cannot be loaded, or the input is malformed.
+    """
+    from funnel.inference.tokens import TokenClassifier
+
+    _reject(args, NO_EFFECT)
+    if args.file is not None:
+        _predict_file(args)
+        return
+    classifier = TokenClassifier.load(args.run, args.device, args.dtype)
+    texts: Iterable[str] = args.texts or _read_standard_input()
+    for text in texts:
+        _print_entities(text, classifier(text))
+
+
+def evaluate(args: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]]:
+    """Scores by name, and the error analysis, on a labeled file. The tag column is by default that of training."""
+    from funnel.inference.predictor import run_record
+    from funnel.inference.tokens import TokenClassifier
+
+    _reject(args, ("text_pair_column",))
+    source = _open(args, args.label_column or run_record(args.run, "arguments").get("label_column"))
+    print(source.description, file=sys.stderr)
+    classifier = TokenClassifier.load(args.run, args.device, args.dtype)
+    functions = classifier.problem.metric_functions(classifier.problem.labels)
+    metrics = run_record(args.run).get("metrics") or [name for name in functions if "(" not in name]
+    return classifier.evaluate_file(source, metrics)
+
+
+def _reject(args: argparse.Namespace, names: Iterable[str]) -> None:
+    for name in names:
+        if getattr(args, name) is not None:
+            raise FunnelError(f"{flag(name)} has no effect for a token classifier; omit it")
+
+
+def _open(args: argparse.Namespace, tag_column: str | None) -> "TaggedFile":
+    """The file of sentences; columns are by default those of training."""
+    from funnel.inference.predictor import run_record
+    from funnel.problems.token_labels import open_tagged
+
+    word_column = args.text_column or run_record(args.run, "arguments").get("text_column")
+    try:
+        return open_tagged(args.file, word_column, tag_column, "file")
+    except FunnelError as error:
+        raise _without_file_flag(error) from None
+
+
+def _predict_file(args: argparse.Namespace) -> None:
+    """Writes the tags of a file's sentences, or the entities of its texts."""
+    from funnel.data.custom import ColumnChoice, open_examples
+    from funnel.data.tagged import WORDS, has_token_lists, is_column_file
+    from funnel.inference.tokens import TokenClassifier
+    from funnel.io import atomic_write
+
+    is_column = is_column_file(args.file) and args.file.suffix != ".csv"
+    suffix = ".conll" if is_column else ".jsonl"
+    out = args.out or args.run / f"predictions-{args.file.name.removesuffix('.gz').rpartition('.')[0]}{suffix}"
+    if out.suffix not in OUTPUTS:
+        raise FunnelError(f"out {out}: unknown format; expected a {' or '.join(OUTPUTS)} file", "out")
+    check_output(out, "out", [args.file, *files_of_run(args.run)], args.overwrite or args.out is None)
+    try:
+        if is_column or has_token_lists(args.file, [args.text_column or WORDS]):
+            sentences, texts = replace(_open(args, None), labeled=False), None
+        elif out.suffix == ".conll":
+            raise FunnelError(f"out {out}: the entities of texts are written to .jsonl files", "out")
+        else:
+            sentences, texts = None, open_examples(args.file, ColumnChoice(args.text_column, labeled=False), "file")
+    except FunnelError as error:
+        raise _without_file_flag(error) from None
+    classifier, count = TokenClassifier.load(args.run, args.device, args.dtype), 0
+    with atomic_write(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        if sentences is not None:
+            for sentence, tags in classifier.predict_file(sentences):
+                names = classifier.tag_names(tags)
+                if out.suffix == ".conll":
+                    words = (SEPARATORS.sub(" ", word) for word in sentence.words)
+                    file.write("".join(f"{word}\t{name}\n" for word, name in zip(words, names, strict=True)) + "\n")
+                else:
+                    probabilities = [round(float(p), 6) for p in tags.probabilities]
+                    _write(file, {"index": count, "tokens": sentence.words, "tags": names, "probabilities": probabilities})
+                count += 1
+        elif texts is not None:
+            rows = texts.rows()
+            while chunk := [row.text for row in itertools.islice(rows, CHUNK_SIZE)]:
+                for text, entities in zip(chunk, classifier(chunk), strict=True):
+                    _write(file, {"index": count, "text": text, "entities": [entity._asdict() for entity in entities]})
+                    count += 1
+    print(f"wrote predictions for {plural(count, 'sentence' if texts is None else 'text')} to {out}")
+
+
+def _write(file: TextIO, values: dict[str, Any]) -> None:
+    file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def _without_file_flag(error: FunnelError) -> FunnelError:
+    """The error; without the parameter "file", which may be a positional argument."""
+    return FunnelError(str(error), None if error.parameter == "file" else error.parameter)
+
+
+def _read_standard_input() -> Iterator[str]:
+    from funnel.data.formats import decode_lines
+
+    if sys.stdin.isatty():
+        print("Enter one text per line; Ctrl-D to finish.", file=sys.stderr)
+    for line in decode_lines(sys.stdin.buffer, "standard input"):
+        yield line.rstrip("\r\n")
+
+
+def _print_entities(text: str, entities: list["Entity"]) -> None:
+    """Prints a text, and one line for each of its entities: label, probability, positions of the first and last character."""
+    print(" ".join(text.split()))
+    for entity in entities:
+        place = f"{entity.start}-{entity.end}"
+        print(f"  {entity.label}\t{entity.probability:.1%}\t{place}\t{' '.join(entity.text.split())}", flush=True)
+    if not entities:
+        print("  (no entities)", flush=True)

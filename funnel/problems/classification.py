@@ -1,0 +1,67 @@
+"""One class per text or pair of texts."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funnel.data.dataset import Dataset
+from funnel.data.encoding import Encoder, TextEncoder
+from funnel.data.tasks import Task
+from funnel.data.tokenizer import FunnelTokenizer
+from funnel.model.heads import FunnelForSequenceClassification
+from funnel.problems.base import Problem
+from funnel.problems.error_analysis import class_scores, count_confusions, list_mistakes
+from funnel.problems.metrics import CLASSIFICATION, Metric, f1_of_class, macro_f1
+
+
+class Classification(Problem):
+    """One class per text or pair of texts; cross-entropy."""
+
+    name = "classification"
+    title = "text classifier"
+    model_class = FunnelForSequenceClassification
+
+    @classmethod
+    def encoder(cls, task: Task) -> Encoder:
+        return TextEncoder(task.label_ids)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(outputs.float(), labels, label_smoothing=self.label_smoothing, reduction="none")
+        return losses.mean() if self.class_weights is None else (self.class_weights[labels] * losses).mean()
+
+    def mean_loss(self, results: Tensor, dataset: Dataset) -> float:
+        return float(F.cross_entropy(results, torch.from_numpy(dataset.labels).long()))
+
+    @classmethod
+    def metric_functions(cls, labels: Sequence[str]) -> Mapping[str, Metric]:
+        of_classes = {f"f1 ({label})": partial(f1_of_class, i) for i, label in enumerate(labels)}
+        return {**CLASSIFICATION, **of_classes, "f1 (macro)": macro_f1}  # the mean even if a class is called "macro"
+
+    def predict(self, results: Tensor, dataset: Dataset) -> np.ndarray:
+        """Label ids, [n]."""
+        return results.argmax(1).numpy()
+
+    def analyze(self, results: Tensor, dataset: Dataset, tokenizer: FunnelTokenizer) -> dict[str, Any]:
+        names, labels, predictions = self.labels, dataset.labels, self.predict(results, dataset)
+        probabilities = results.double().softmax(1).numpy()
+        losses = F.cross_entropy(results.double(), torch.from_numpy(labels).long(), reduction="none").numpy()
+        cost = np.where(predictions == labels, -np.inf, np.nan_to_num(losses, nan=np.inf))
+        confusion = count_confusions(labels, predictions, len(names))
+
+        def describe(row: int) -> dict[str, Any]:
+            label, prediction = labels[row], predictions[row]
+            probability = [float(probabilities[row, label]), float(probabilities[row, prediction])]
+            return {"label": names[label], "predicted": names[prediction], "probability": probability}
+
+        return {
+            "examples": len(dataset),
+            "labels": names,
+            "confusion": confusion.tolist(),
+            "classes": class_scores(names, confusion.diagonal(), confusion.sum(1), confusion.sum(0)),
+            "mistakes": list_mistakes(cost, describe, dataset, tokenizer),
+        }
