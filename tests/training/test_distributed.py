@@ -65,26 +65,12 @@ def folder(tmp_path_factory):
 COMMON = ("--data", "train.tsv", "--dev", "dev.tsv", "--weights", "weights", "--blocks", "1,2x2,1", "--batch-size", "14",
           "--epochs", "5.1", "--lr", "1e-3", "--dtype", "fp32", "--eval-every", "16", "--save-every", "12")  # fmt: skip
 
-# train.py with a compiler that traces the model and its backward pass, but generates no kernels, which would take minutes.
-TRACED = f"""
-import functools, sys
-import torch
-sys.path.insert(0, {str(ROOT)!r})
-torch.compile = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
-import train
-train.exit_process(train.main())
-"""
-
 
 def launch(folder, world_size, *arguments):
     """Starts train.py in one process or, with torchrun, in several."""
-    script = ROOT / "train.py"
-    if "--compile" in arguments:
-        script = folder / "traced.py"
-        script.write_text(TRACED)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)] if world_size > 1 else []
     return subprocess.Popen(
-        [sys.executable, *torchrun, str(script), *arguments],
+        [sys.executable, *torchrun, str(ROOT / "train.py"), *arguments],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -138,7 +124,6 @@ def assert_same_run(actual, expected):
         ("2", "--grad-accum", "3", "--gradient-checkpointing"),
         ("2", "--fsdp", "--grad-accum", "2"),
         ("2", "--fsdp", "--gradient-checkpointing"),
-        ("2", "--compile", "--fsdp", "--gradient-checkpointing", "--grad-accum", "2"),
     ],
     ids=" ".join,
 )

@@ -78,7 +78,7 @@ def test_exported_models_give_the_same_logits_for_any_batch_and_length(changes, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"blocks": "1,1", "num_decoder_layers": 0}, {**ABSOLUTE, "blocks": "2"}], ids=str)
+@pytest.mark.parametrize("changes", [{}], ids=str)
 def test_exported_question_answerers_give_the_same_logits_for_all_tokens(changes, tmp_path):
     torch.manual_seed(0)
     model = FunnelForQuestionAnswering(tiny_config(**{"blocks": "1,1,1", "num_decoder_layers": 1, **changes})).eval()
@@ -95,7 +95,7 @@ def test_exported_question_answerers_give_the_same_logits_for_all_tokens(changes
                 torch.testing.assert_close(found[is_token], expected[is_token], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, CONFIGS[3]], ids=str)
+@pytest.mark.parametrize("changes", [CONFIGS[3]], ids=str)
 def test_exported_token_classifiers_have_logits_for_every_token_and_none_for_padding(changes, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
     torch.manual_seed(0)

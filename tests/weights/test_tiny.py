@@ -59,7 +59,7 @@ def untrained(tiny_weights, tmp_path):
 def test_fine_tuning_beats_training_the_same_network_from_scratch(untrained, tmp_path):
     accuracies = []
     for weights in ("tiny", untrained):
-        arguments = ("--weights", weights, "--lr", "2e-4", "--epochs", "0.5", "--eval-every", "75", "--out", f"run-{weights}")
+        arguments = ("--weights", weights, "--lr", "2e-4", "--epochs", "0.4", "--eval-every", "60", "--out", f"run-{weights}")
         done = run_command("train.py", *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         evaluations = [json.loads(line) for line in (tmp_path / f"run-{weights}/metrics.jsonl").read_text().splitlines()]
