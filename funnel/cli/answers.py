@@ -2,11 +2,10 @@
 
 import argparse
 import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from funnel.cli.classifier import load_predictor
 from funnel.cli.common import check_output, files_of_run, flag
 from funnel.errors import FunnelError, plural
 
@@ -16,22 +15,14 @@ if TYPE_CHECKING:
 NOT_FOR_ANSWERS = ("text_column", "text_pair_column", "label_column", "keep_columns")
 
 
-@contextlib.contextmanager
-def load_answerer(args: argparse.Namespace) -> Iterator["QuestionAnswerer"]:
-    """Yields the model; at the end, warns on standard error if questions were truncated."""
+def load_answerer(args: argparse.Namespace) -> contextlib.AbstractContextManager["QuestionAnswerer"]:
+    """As `load_predictor`, for a model that answers questions."""
     from funnel.inference.answers import QuestionAnswerer
 
     for name in NOT_FOR_ANSWERS:
         if getattr(args, name, None) is not None:
             raise FunnelError(f"{flag(name)} does not apply: the model answers questions, from files in the format of SQuAD")
-    answerer = QuestionAnswerer.load(args.run, args.device, args.dtype)
-    try:
-        yield answerer
-    finally:
-        if answerer.n_truncated:
-            truncated = plural(answerer.n_truncated, "question")
-            verb = "was" if answerer.n_truncated == 1 else "were"
-            print(f"warning: {truncated} {verb} truncated to {answerer.encoder.max_query_length} tokens", file=sys.stderr)
+    return load_predictor(args, QuestionAnswerer)
 
 
 def predict(args: argparse.Namespace) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from funnel.errors import plural
-
 if TYPE_CHECKING:
     from funnel.inference.classifier import Classifier
     from funnel.inference.predictor import Predictor
@@ -35,10 +33,8 @@ def load_predictor(args: argparse.Namespace, kind: type[AnyPredictor]) -> Iterat
     try:
         yield predictor
     finally:
-        if predictor.n_truncated:
-            truncated = plural(predictor.n_truncated, "text")
-            verb = "was" if predictor.n_truncated == 1 else "were"
-            print(f"warning: {truncated} {verb} truncated to {predictor.inputs.max_length} tokens", file=sys.stderr)
+        if predictor.truncation_note:
+            print(f"warning: {predictor.truncation_note}", file=sys.stderr)
 
 
 def load_classifier(args: argparse.Namespace) -> contextlib.AbstractContextManager["Classifier"]:

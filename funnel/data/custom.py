@@ -187,6 +187,12 @@ def find_files(folder: Path, is_readable: Callable[[Path], Any] = file_format) -
     return {split: path for split, path in found.items() if split in ("train", "dev")}
 
 
+def check_dev_share(dev_share: float | None, paths: Mapping[str, Path], what: str = "file") -> None:
+    """Raises FunnelError if a share is to be held out although there is a dev set."""
+    if dev_share is not None and "dev" in paths:
+        raise FunnelError(f"dev_share cannot be combined with the dev {what} {paths['dev']}; use one of them", "dev_share")
+
+
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ Shapes: n rows of a dataset, t tokens of all rows, b rows of a batch, l tokens o
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -110,6 +110,11 @@ class Dataset:
     def longest(self) -> int:
         """Number of tokens of the longest row."""
         return int(self.lengths.max())
+
+    @cached_property
+    def examples(self) -> list[Any]:
+        """The examples of the source, read once; none for texts encoded in memory."""
+        return [] if self.source is None else list(self.source.rows())
 
     @property
     def lengths(self) -> np.ndarray:

@@ -14,7 +14,7 @@ from funnel.data.spans import MAX_QUERY_LENGTH, SpanEncoder
 from funnel.data.squad import InMemoryQuestions, Question, SquadFile
 from funnel.data.tokenizer import list_of_strings
 from funnel.errors import FunnelError
-from funnel.inference.predictor import Predictor, run_record
+from funnel.inference.predictor import Predictor, describe_truncation, run_record
 from funnel.problems.answer_spans import AnswerSpans, Candidates, open_squad
 
 CHUNK_SIZE = 1024  # questions of a file that are answered at a time
@@ -82,6 +82,11 @@ class QuestionAnswerer(Predictor):
             recorded["max_query_length"] = min(MAX_QUERY_LENGTH, answerer.inputs.max_length // 2)
         answerer.encoder = SpanEncoder(**{name: n for name, n in recorded.items() if isinstance(n, int) and n > 0})
         return answerer
+
+    @property
+    def truncation_note(self) -> str:
+        """As in `Predictor`, of questions."""
+        return describe_truncation(self.n_truncated, "question", self.encoder.max_query_length)
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a string is an iterable of strings, too

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from funnel.data.dataset import Dataset
 from funnel.data.tokenizer import DEFAULT_MAX_LENGTH, FunnelTokenizer
-from funnel.errors import FunnelError, format_list
+from funnel.errors import FunnelError, format_list, plural
 from funnel.io import read_json
 from funnel.model.checkpoint import CONFIG, best_checkpoint, load_checkpoint, load_weights, parse_config, read_architecture
 from funnel.model.config import FunnelConfig
@@ -139,6 +139,11 @@ class Predictor:
         chosen = choose_device(device)
         return cls(model.to(chosen), tokenizer, inputs, choose_dtype(dtype, chosen, checkpoint.config.d_model))
 
+    @property
+    def truncation_note(self) -> str:
+        """How many examples were truncated so far; "" if none."""
+        return describe_truncation(self.n_truncated, "text", self.inputs.max_length)
+
     def run(self, dataset: Dataset) -> Tensor:
         """What the problem keeps of the model's outputs for all rows, [n, ...]; updates `n_truncated`."""
         self.n_truncated += dataset.truncation.texts
@@ -169,6 +174,12 @@ class Predictor:
             results = predict(self.model, self.problem, dataset, Pass(poll=advance))
         check_finite(results, name, self.dtype)
         return self.problem.score(results, dataset, metrics), self.problem.analyze(results, dataset, self.tokenizer)
+
+
+def describe_truncation(count: int, what: str, limit: int) -> str:
+    """ "2 texts were truncated to 128 tokens"; "" if there are none."""
+    verb = "was" if count == 1 else "were"
+    return f"{plural(count, what)} {verb} truncated to {limit} tokens" if count else ""
 
 
 def _describe_content(folder: Path) -> str:

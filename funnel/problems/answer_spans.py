@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funnel.data.custom import find_files
+from funnel.data.custom import check_dev_share, find_files
 from funnel.data.dataset import IGNORED, Dataset
 from funnel.data.encoding import Encoder
 from funnel.data.spans import END, MOST_CONTEXT, START, SpanArgs, SpanEncoder
@@ -176,10 +176,8 @@ class AnswerSpans(Problem):
 
 def _questions(dataset: Dataset) -> list[tuple[Question, np.ndarray]]:
     """The questions of a dataset in the order of the source, with the numbers of their windows."""
-    examples, source = dataset.rows.examples, dataset.source
+    examples, questions = dataset.rows.examples, dataset.examples
     assert examples is not None, "made by SpanEncoder"
-    assert source is not None, "made by SpanEncoder"
-    questions = list(source.rows())
     order = np.argsort(examples, kind="stable")
     numbers, starts = np.unique(examples[order], return_index=True)
     windows = np.split(order, starts[1:])
@@ -288,8 +286,7 @@ def open_task(args: "TaskArgs", data: Path) -> Task | None:
     for name in NO_COLUMNS:
         if getattr(args, name) is not None:
             raise FunnelError(f"{name} has no effect on answer spans, whose files have fixed fields; omit it", name)
-    if args.dev_share is not None and "dev" in paths:
-        raise FunnelError(f"dev_share cannot be combined with the dev file {paths['dev']}; use one of them", "dev_share")
+    check_dev_share(args.dev_share, paths)
     files = {"train": open_squad(paths["train"], "data")}
     dev = args.dev or paths.get("dev")
     if dev is not None:

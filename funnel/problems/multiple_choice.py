@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funnel.data.choices import FIELDS, RACE_FIELDS, ChoiceEncoder, ChoiceFile, choice_name
-from funnel.data.custom import DEV_NAMES, find_files
+from funnel.data.custom import DEV_NAMES, check_dev_share, find_files
 from funnel.data.dataset import Dataset
 from funnel.data.encoding import Encoder
 from funnel.data.formats import DIALECTS, file_format, read_column_names, read_object
@@ -147,8 +147,7 @@ def open_task(args: "TaskArgs", data: Path) -> Task:
         if not os.path.exists(args.dev):
             raise FunnelError(f"dev {args.dev}: no such file or folder", "dev")
         paths["dev"] = args.dev
-    if args.dev_share is not None and "dev" in paths:
-        raise FunnelError(f"dev_share cannot be combined with the dev set {paths['dev']}; use one of them", "dev_share")
+    check_dev_share(args.dev_share, paths, "set")
     files = {split: ChoiceFile(path) for split, path in paths.items()}
     first = next(files["train"].rows())
     race = get_task("race")

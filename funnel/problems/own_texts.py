@@ -5,7 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from funnel.data.custom import MULTI_LABEL, ColumnChoice, Labels, find_files, infer_labels, open_dev_file, open_examples
+from funnel.data.custom import (
+    MULTI_LABEL,
+    ColumnChoice,
+    Labels,
+    check_dev_share,
+    find_files,
+    infer_labels,
+    open_dev_file,
+    open_examples,
+)
 from funnel.data.formats import check_file
 from funnel.data.tasks import CUSTOM, REGRESSION_METRICS, Task
 from funnel.errors import FunnelError, format_list
@@ -29,8 +38,7 @@ def open_task(args: "TaskArgs", data: Path) -> Task:
     paths = find_files(data) if os.path.isdir(data) else {"train": data}
     if args.dev is not None:
         paths["dev"] = args.dev
-    if args.dev_share is not None and "dev" in paths:
-        raise FunnelError(f"dev_share cannot be combined with the dev file {paths['dev']}; use one of them", "dev_share")
+    check_dev_share(args.dev_share, paths)
     for path in paths.values():
         check_file(path, "dev" if path == args.dev else "data")  # before either is read
     train = open_examples(paths["train"], ColumnChoice(args.text_column, args.text_pair_column, args.label_column))

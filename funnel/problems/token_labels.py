@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funnel.data.custom import find_files
+from funnel.data.custom import check_dev_share, find_files
 from funnel.data.dataset import Dataset
 from funnel.data.encoding import Encoder
 from funnel.data.files import Column
@@ -173,8 +173,7 @@ def open_task(args: "TaskArgs", data: Path) -> Task:
     paths = find_files(data, _is_readable) if os.path.isdir(data) else {"train": data}
     if args.dev is not None:
         paths["dev"] = args.dev
-    if args.dev_share is not None and "dev" in paths:
-        raise FunnelError(f"dev_share cannot be combined with the dev file {paths['dev']}; use one of them", "dev_share")
+    check_dev_share(args.dev_share, paths)
     files = {
         split: open_tagged(path, args.text_column, args.label_column, "dev" if path == args.dev else "data")
         for split, path in paths.items()
