@@ -2,11 +2,13 @@
 
     python -m benchmarks.studies.bert_conversion --data GLUE --source MINILM
 
-Prints two Markdown tables.
+Prints three Markdown tables.
 
 1. |funnel - bert| / |bert|, where both are centered by subtracting their mean over texts.
 2. Sensitivity to word order: two neighboring tokens of each text are swapped, and the change of [CLS] is compared with the
    change in BERT (mean cosine similarity, ratio of mean norms).
+3. Token states: the upsampled last block plus block 0, which a new decoder passes on normalized, compared with BERT's last
+   states, both centered by subtracting their mean over all tokens (mean cosine similarity).
 
 The source is any BERT-like model. As one block it computes the same function as in transformers
 (tests/weights/test_bert_family.py), so this is the BERT that the layouts are compared with. All layouts keep its position
@@ -25,7 +27,7 @@ from funnel.data.batches import Batch
 from funnel.data.dataset import Dataset
 from funnel.data.tasks import get_task, locate_files
 from funnel.data.tokenizer import FunnelTokenizer
-from funnel.model.heads import FunnelBaseModel
+from funnel.model.heads import FunnelBaseModel, FunnelModel
 from funnel.problems.registry import encode_split
 
 LAYOUTS = ("5,1", "4,2", "3,3", "3,2,1", "2,2,2")  # of the six layers of MiniLM
@@ -46,6 +48,12 @@ def cls_states(batches: list[Batch], model: FunnelBaseModel) -> ClsStates:
     states = torch.cat([model(**batch.inputs)[:, 0] for batch in batches])
     swapped = [model(**{**batch.inputs, "input_ids": swap_tokens(batch, generator)})[:, 0] for batch in batches]
     return ClsStates(states, torch.cat(swapped) - states)
+
+
+@torch.no_grad()
+def token_states(batches: list[Batch], model: FunnelModel) -> Tensor:
+    """The states of all tokens that are not padding, [tokens, d]."""
+    return torch.cat([model(**batch.inputs)[batch.attention_mask != 0] for batch in batches])
 
 
 def swap_tokens(batch: Batch, generator: torch.Generator) -> Tensor:
@@ -75,6 +83,11 @@ def order_effect(funnel: ClsStates, bert: ClsStates) -> str:
     return f"{float(cosine):.2f}, {float(ratio):.2f}"
 
 
+def token_similarity(funnel: Tensor, bert: Tensor) -> str:
+    """The table cell that compares the states of tokens."""
+    return f"{float(torch.cosine_similarity(funnel - funnel.mean(0), bert - bert.mean(0), dim=1).mean()):.2f}"
+
+
 def load_dev_set(task_name: str, data: Path, tokenizer: FunnelTokenizer, num_texts: int) -> Dataset:
     """The first texts of a task's dev set."""
     task = locate_files(get_task(task_name), data)
@@ -98,18 +111,22 @@ def main() -> None:
     }
     bert = FunnelBaseModel.from_pretrained(args.source)
     bert_states = {name: cls_states(batches[name], bert) for name in args.tasks}
+    bert_tokens = {name: token_states(batches[name], FunnelModel.from_pretrained(args.source)) for name in args.tasks}
 
     print(f"BERT: blocks {bert.config.layout}\n")
     columns = [f"{name} ({dataset.lengths.mean():.0f} tokens)" for name, dataset in dev_sets.items()]
     header = f"| layout | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|"
     print(header)
-    order_rows = []
+    order_rows, token_rows = [], []
     for blocks in args.layouts:
         model = FunnelBaseModel.from_pretrained(args.source, blocks=blocks)
         pairs = [(cls_states(batches[name], model), bert_states[name]) for name in args.tasks]
         print(f"| {blocks} | {' | '.join(distance(*pair) for pair in pairs)} |", flush=True)
         order_rows.append(f"| {blocks} | {' | '.join(order_effect(*pair) for pair in pairs)} |")
-    print("", header, *order_rows, sep="\n")
+        with_upsampling = FunnelModel.from_pretrained(args.source, blocks=blocks)
+        cells = [token_similarity(token_states(batches[name], with_upsampling), bert_tokens[name]) for name in args.tasks]
+        token_rows.append(f"| {blocks} | {' | '.join(cells)} |")
+    print("", header, *order_rows, "", header, *token_rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,17 @@
 import torch
 from conftest import padded_batch, tiny_config
 
-from benchmarks.studies.bert_conversion import ClsStates, cls_states, distance, order_effect, swap_tokens
+from benchmarks.studies.bert_conversion import (
+    ClsStates,
+    cls_states,
+    distance,
+    order_effect,
+    swap_tokens,
+    token_similarity,
+    token_states,
+)
 from funnel.data.batches import text_batch
-from funnel.model.heads import FunnelBaseModel
+from funnel.model.heads import FunnelBaseModel, FunnelModel
 
 
 def test_two_different_neighbors_of_the_first_text_are_swapped() -> None:
@@ -41,3 +49,14 @@ def test_table_cells_are_relative_to_bert() -> None:
     funnel = ClsStates(torch.tensor([[6.5, 5.0], [3.5, 5.0]]), torch.tensor([[0.0, 6.0], [0.0, 0.0]]))
     assert distance(funnel, bert) == "0.50"  # centered: 1.5 and -1.5 instead of 1 and -1
     assert order_effect(funnel, bert) == "0.00, 2.00"
+
+
+def test_token_states_exclude_padding_and_resemble_themselves() -> None:
+    config = tiny_config(num_decoder_layers=0, relative_attention=False, position_embeddings=20)
+    torch.manual_seed(0)
+    bert, pooled = (FunnelModel(config.replace(blocks=blocks)).eval() for blocks in ("4", "2,2"))
+    batch = text_batch(*padded_batch([20, 11, 7]), torch.zeros(3))
+    states = token_states([batch], bert)
+    assert states.shape == (38, 16)
+    assert token_similarity(3 * states + 1, states) == "1.00"
+    assert float(token_similarity(token_states([batch], pooled), states)) < 0.99
