@@ -24,13 +24,14 @@ from funnel.errors import FunnelError
 from funnel.options import TINY, option
 from funnel.problems.base import Problem
 from funnel.problems.registry import PROBLEMS, encode_split
-from funnel.problems.task_args import DEFAULT_DEV_SHARE, TaskArgs, load_task
+from funnel.problems.task_args import TaskArgs, load_task, split_off_dev
 from funnel.training.args import RunArgs, with_task_defaults
 from funnel.training.cuda_graphs import step_runner
 from funnel.training.device import choose_dtype, keep_freed_memory, peak_memory, seed_step, set_seed
 from funnel.training.distributed import Distributed, exit_process, init_distributed
 from funnel.training.divergence import NonFiniteGuard
 from funnel.training.evaluate import evaluate
+from funnel.training.freezing import FreezeArgs, freeze
 from funnel.training.loss import LossArgs
 from funnel.training.optim import LinearWarmupDecay, build_adamw, clip_grad_norm, param_groups
 from funnel.training.progress import Progress, print_banner, print_data
@@ -42,10 +43,10 @@ from funnel.weights.build import LEARNING_RATES, BuiltModel, WeightsArgs, build_
 
 
 @dataclass(frozen=True)
-class TrainArgs(RunArgs, TeacherArgs, LossArgs, WeightsArgs, TaskArgs):
+class TrainArgs(RunArgs, FreezeArgs, TeacherArgs, LossArgs, WeightsArgs, TaskArgs):
     """One flag per field. TaskArgs adds --task, --data and the column names of your own files; WeightsArgs adds --weights,
-    --blocks, --init, --keep and --layout-plan; LossArgs adds --label-smoothing and --class-weights, TeacherArgs --teacher;
-    RunArgs adds --seed, --device, --out, --resume and others (training/args.py). `load` fills in the task's defaults."""
+    --blocks, --init, --keep and --layout-plan; LossArgs adds --label-smoothing and --class-weights, TeacherArgs --teacher,
+    FreezeArgs --freeze-layers; RunArgs adds --seed, --out, --resume and others (training/args.py). `load` fills in defaults."""
 
     epochs: float = option(None, "training epochs, may be fractional (default: the task's)", bounds="(0, 1e6]")
     steps: int | None = option(None, "training steps, instead of epochs", bounds="[1, 1e9]")
@@ -86,9 +87,10 @@ def load(args: TrainArgs, dist: Distributed, run: RunDir) -> tuple[TrainArgs, Ta
     args = replace(args, max_length=built.model.config.model_max_length or task.max_length)
     sets = {split: encode_split(task, split, built.tokenizer, args.max_length) for split in task.files}
     if "dev" not in sets:
-        sets["train"], sets["dev"] = sets["train"].split(args.dev_share or DEFAULT_DEV_SHARE, args.seed)
+        sets["train"], sets["dev"] = split_off_dev(sets["train"], args, args.seed)
     built.calibrate(sets["train"])  # LayerNorms of new identity layers; a resumed run has none
     built.standardize_labels(sets["train"])  # for regression
+    freeze(built.model, args)
     problem = PROBLEMS[task.problem](built.model.config)
     problem.prepare(sets["train"], args)
     print_data(task, problem, sets)

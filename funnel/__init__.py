@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from funnel.inference.answers import Answer, QuestionAnswerer
     from funnel.inference.choices import ChoicePrediction, MultipleChoice
     from funnel.inference.classifier import Classifier, Prediction
+    from funnel.inference.ensemble import Ensemble
     from funnel.inference.tokens import Entity, TokenClassifier
     from funnel.model.config import BlockSpec, FunnelConfig
     from funnel.model.heads import (
@@ -32,6 +33,7 @@ _MODULES = {  # of the names that are not in _HEADS
     "BlockSpec": "funnel.model.config",
     "ChoicePrediction": "funnel.inference.choices",
     "Classifier": "funnel.inference.classifier",
+    "Ensemble": "funnel.inference.ensemble",
     "Entity": "funnel.inference.tokens",
     "FunnelConfig": "funnel.model.config",
     "FunnelError": "funnel.errors",
@@ -47,6 +49,7 @@ __all__ = [
     "BlockSpec",
     "ChoicePrediction",
     "Classifier",
+    "Ensemble",
     "Entity",
     "FunnelBaseModel",
     "FunnelConfig",

@@ -18,7 +18,7 @@ from funnel.errors import FunnelError, plural
 from funnel.inference.predictor import run_folder, run_record
 from funnel.problems.base import Problem
 from funnel.problems.registry import encode_split, problem_of
-from funnel.problems.task_args import DEFAULT_DEV_SHARE, TaskArgs, load_task
+from funnel.problems.task_args import TaskArgs, load_task, split_off_dev
 from funnel.training.evaluate import BATCH_SIZE, pad_tokens
 from funnel.training.progress import format_scores
 from funnel.training.run_dir import read_arguments
@@ -53,13 +53,13 @@ def load_dev_set(source: Source) -> DevSet:
     run = run_folder(source.folder)
     if run is None:
         raise FunnelError(f"{source.folder} is not part of a run")
-    task = load_task(TaskArgs(**read_arguments(run, TaskArgs)))
-    arguments, settings = run_record(run, "arguments"), run_record(run)
+    args = TaskArgs(**read_arguments(run, TaskArgs))
+    task, settings = load_task(args), run_record(run)
     split = "dev" if "dev" in task.files else "train"
     tokenizer, problem = source.require_tokenizer(), problem_of(source.architecture, source.config)
     dataset = encode_split(task, split, tokenizer, max_length(source.config))
     if split == "train":
-        _, dataset = dataset.split(arguments.get("dev_share") or DEFAULT_DEV_SHARE, arguments.get("seed", 0))
+        _, dataset = split_off_dev(dataset, args, run_record(run, "arguments").get("seed", 0))
     if dataset.digest != settings.get("digests", {}).get("dev"):
         raise FunnelError(f"the run's {split} file has changed since training")
     return DevSet(dataset, task.metrics, problem)

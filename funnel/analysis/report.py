@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from funnel.analysis.figures import plot_comparison, plot_loss, plot_metrics, plot_regression
-from funnel.analysis.runs import Run, group_by_settings, is_percentage, to_number
+from funnel.analysis.runs import Run, count_repetitions, group_by_settings, is_percentage, to_number
 from funnel.errors import FunnelError, error_reason, plural
 
 MAX_MATRIX_CLASSES = 12  # above this, the page lists the most frequent confusions instead of the matrix
@@ -22,7 +22,7 @@ COLUMNS = (
 
 
 def table_row(group: Sequence[Run]) -> tuple[str, ...]:
-    """The cells of `COLUMNS` for runs that differ only in their seed."""
+    """The cells of `COLUMNS` for runs that differ only in their seed and fold."""
     first = group[0]
     metric, plan = first.metrics[0], first.settings.get("layout_plan")
     memory = statistics.mean(run.peak_memory for run in group) / 1024
@@ -33,7 +33,7 @@ def table_row(group: Sequence[Run]) -> tuple[str, ...]:
         Path(plan).name if plan else str(first.settings["init"]),
         f"{first.settings['lr']:g}",
         first.duration + ("" if all(run.is_finished for run in group) else " (unfinished)"),
-        str(len(group)),
+        count_repetitions(group),
         f"{metric} {format_scores(metric, [to_number(run.final.get(metric)) for run in group])}",
         format_scores(metric, [to_number(run.best.get(metric)) for run in group]),
         f"{statistics.mean(run.seconds for run in group) / 60:.1f}",

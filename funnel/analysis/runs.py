@@ -63,6 +63,11 @@ class Run:
         return [line for line in self.log if line.get("split") == "train"]
 
     @property
+    def repetition(self) -> tuple[Any, Any]:
+        """Seed and fold; None without cross-validation."""
+        return self.settings["seed"], self.settings.get("fold")
+
+    @property
     def metrics(self) -> list[str]:
         """Names of the task's metrics; the first one selects the best checkpoint."""
         if "metrics" in self.settings:
@@ -229,14 +234,23 @@ def _parse_log_line(line: str) -> dict[str, Any] | None:
 
 
 def group_by_settings(runs: Sequence[Run]) -> list[list[Run]]:
-    """Groups runs that differ only in their seed. A second run with the same seed starts a new group."""
+    """Groups runs that differ only in their seed and fold. A second run with the same seed and fold starts a new group."""
     groups: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         settings = {name: value for name, value in run.settings.items() if name not in SEED_DEPENDENT}
+        settings["fold"] = str(settings.get("fold") or "").partition("/")[2]  # the number of folds
         key = json.dumps(settings, sort_keys=True)
         for copy in itertools.count():
             group = groups.setdefault((key, copy), [])
-            if all(other.settings["seed"] != run.settings["seed"] for other in group):
+            if all(other.repetition != run.repetition for other in group):
                 group.append(run)
                 break
     return list(groups.values())
+
+
+def count_repetitions(group: Sequence[Run]) -> str:
+    """The number of seeds of a group and of folds, if there are any: "3", "5 folds", "3 x 5 folds"."""
+    seeds, folds = (len({run.repetition[i] for run in group}) for i in (0, 1))
+    if group[0].repetition[1] is None:
+        return str(seeds)
+    return plural(folds, "fold") if seeds == 1 else f"{seeds} x {plural(folds, 'fold')}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from funnel.cli import answers, choices, tokens
-from funnel.cli.classifier import add_classifier_arguments, load_classifier
+from funnel.cli.classifier import add_classifier_arguments, add_ensemble, load_classifier
 from funnel.cli.common import ArgumentParser, add_overwrite, align_columns, check_output, files_of_run
 from funnel.errors import FunnelError, plural
 
@@ -30,6 +30,7 @@ def add_evaluate(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> No
         "confusion matrix, and the errors with the highest loss; for scores, the metrics and the largest errors.",
     )
     add_classifier_arguments(parser)
+    add_ensemble(parser)
     parser.add_argument("file", type=Path, metavar="FILE", help="labeled file, in any format that train.py reads, or, "
                         "for multiple choice, a folder in RACE's layout")  # fmt: skip
     parser.add_argument("--text-column", metavar="NAME", help="text column (default: as in training, else text or sentence)")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from funnel.cli import answers, choices, tokens
-from funnel.cli.classifier import add_classifier_arguments, load_classifier
+from funnel.cli.classifier import add_classifier_arguments, add_ensemble, load_classifier
 from funnel.cli.common import ArgumentParser, add_overwrite, check_output, files_of_run, flag
 from funnel.errors import FunnelError, format_list, plural
 
@@ -26,6 +26,7 @@ def add_predict(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> Non
     add_classifier_arguments(parser)
     parser.add_argument("texts", nargs="*", default=[], metavar="TEXT",
                         help="text (default: read standard input, one text per line, or two separated by a tab)")  # fmt: skip
+    add_ensemble(parser)
     parser.add_argument("--pair", action="append", metavar="TEXT", help="second text of a pair; repeat for each TEXT")
     parser.add_argument("--file", type=Path, help="file of texts, in any format that train.py reads")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl file, also gzipped (.gz), for the "
@@ -92,7 +93,7 @@ def _choose_output(args: argparse.Namespace) -> Path:
     from funnel.data.formats import file_format
     from funnel.inference.predictions import OUTPUT_FORMATS
 
-    inputs = [args.file, *files_of_run(args.run)]
+    inputs = [args.file, *(file for run in (args.run, *(args.ensemble or ())) for file in files_of_run(run))]
     if args.out is not None:
         if file_format(args.out) not in OUTPUT_FORMATS:
             raise FunnelError(f"out {args.out}: unknown format; predictions are written to .csv, .tsv or .jsonl files", "out")

@@ -1,4 +1,4 @@
-"""`funnel sweep`: one training run for each combination of layouts, initializations, learning rates and seeds."""
+"""`funnel sweep`: one training run for each combination of layouts, initializations, learning rates, folds and seeds."""
 
 import argparse
 import itertools
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from funnel.cli.common import ArgumentParser, parse_options
 from funnel.errors import FunnelError, StoppedBySignal, format_list, plural
 
-SET_BY_SWEEP = ("--seed", "--resume", "--out", "--lr", "--blocks")
+SET_BY_SWEEP = ("--seed", "--fold", "--resume", "--out", "--lr", "--blocks")
 NEW, STARTED, FINISHED = "new", "started", "finished"  # states of a run
 FORWARDED_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 CONTINUE = "rerun the same command to continue"
@@ -38,6 +38,7 @@ class SweepArgs:
         out: folder of the runs.
         blocks, inits, learning_rates: values to combine; None for the training script's default.
         n_seeds: number of seeds, from 0.
+        n_folds: number of folds of a cross-validation; None without one.
         train_arguments: further arguments of the training script.
     """
 
@@ -46,6 +47,7 @@ class SweepArgs:
     inits: Sequence[str] | None = None
     learning_rates: Sequence[str] | None = None
     n_seeds: int = 1
+    n_folds: int | None = None
     train_arguments: Sequence[str] = ()
 
 
@@ -53,7 +55,7 @@ def add_sweep(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "sweep",
-        help="train every combination of layouts, learning rates and seeds, then report",
+        help="train every combination of layouts, learning rates, folds and seeds, then report",
         allow_abbrev=False,  # --seed must not be read as --seeds
         description="Trains every combination, one after the other, each in its own folder in --out, and writes a report.\n"
         "Rerun the same command to continue an interrupted sweep: finished runs are skipped, unfinished ones resumed.\n"
@@ -67,6 +69,8 @@ def add_sweep(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None:
         "--lr", type=_split, metavar="RATES", help="comma-separated learning rates, such as 1e-5,2e-5 (default: the task's)"
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train with seeds 0 to N-1 (default: %(default)s)")
+    parser.add_argument("--folds", type=int, metavar="N", help="cross-validation on your own data: train N times, each time "
+                        "with another Nth of the data to evaluate on")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="folder for the runs "
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--script", type=Path, default=Path("train.py"), metavar="FILE", help="training script "
@@ -97,7 +101,8 @@ def sweep(args: argparse.Namespace) -> None:
         raise FunnelError(f"--script {args.script}: no such file; run in a checkout, or pass the path of your script")
     if args.out.exists() and not args.out.is_dir():
         raise FunnelError(f"--out {args.out}: expected a folder for the runs, found a file")
-    runs = plan_runs(SweepArgs(args.out, args.blocks, args.init, args.lr, args.seeds, args.train_arguments))
+    chosen = SweepArgs(args.out, args.blocks, args.init, args.lr, args.seeds, args.folds, args.train_arguments)
+    runs = plan_runs(chosen)
     check_runs(runs, args.script)
     states = [run_state(run, args.script) for run in runs]
     print(f"{plural(len(runs), 'run')} in {args.out}, {states.count(FINISHED)} of them finished", flush=True)
@@ -121,7 +126,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def plan_runs(args: SweepArgs) -> list[PlannedRun]:
-    """The runs of a sweep, ordered by seed, so that all settings run with one seed before the next.
+    """The runs of a sweep, ordered by seed, then by fold, so that all settings run with one seed before the next.
 
     Raises:
         FunnelError: an argument is invalid.
@@ -137,10 +142,14 @@ def plan_runs(args: SweepArgs) -> list[PlannedRun]:
             ("--lr", args.learning_rates, _parse_rate),
         )
     ]
+    folds = [("--fold", f"{k}/{args.n_folds}") for k in range(1, args.n_folds + 1)] if args.n_folds else [()]
     runs = []
-    for seed, chosen in itertools.product(range(args.n_seeds), list(itertools.product(*choices))):
-        pairs = [pair for pair in chosen if pair]
-        name = "_".join([value.replace(",", "-") for _, value in pairs] + [f"seed{seed}"])
+    for seed, fold, chosen in itertools.product(range(args.n_seeds), folds, list(itertools.product(*choices))):
+        pairs = [pair for pair in (*chosen, fold) if pair]
+        values = [value.replace(",", "-") for _, value in pairs]
+        if fold:
+            values[-1] = f"fold{fold[1].replace('/', 'of')}"
+        name = "_".join([*values, f"seed{seed}"])
         flags = [argument for pair in pairs for argument in pair]
         runs.append(PlannedRun(args.out / name, [*flags, "--seed", str(seed), *args.train_arguments]))
     return runs
@@ -151,6 +160,8 @@ def _check(args: SweepArgs) -> None:
 
     if args.n_seeds < 1:
         raise FunnelError(f"invalid --seeds {args.n_seeds}: expected at least 1")
+    if args.n_folds is not None and args.n_folds < 2:
+        raise FunnelError(f"invalid --folds {args.n_folds}: expected at least 2")
     for init in args.inits or ():
         if init not in INITS:
             raise FunnelError(f"invalid --init {init!r}: choose from {format_list(INITS)}")

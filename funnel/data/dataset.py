@@ -15,6 +15,7 @@ import torch
 
 from funnel.data.batches import WHOLE, Batch, BatchRows, Shard, epoch_batches, global_batches, rows_of_rank, text_batch
 from funnel.data.files import Source
+from funnel.data.folds import assign_folds, join_groups
 from funnel.errors import FunnelError, plural
 
 IGNORED = -100  # label of a token without one; the value that PyTorch's cross-entropy ignores
@@ -207,13 +208,8 @@ class Dataset:
             FunnelError: one of the two would be empty.
         """
         random = np.random.default_rng(seed)
-        has_choices, examples = self.rows.lengths.ndim == 2, self.rows.groups
-        examples = self.rows.examples if examples is None else examples
-        if examples is None:
-            examples = np.unique(self.hashes, return_inverse=True)[1] if has_choices else np.arange(len(self))
-        has_classes = self.labels.ndim == 1 and self.labels.dtype == np.int32 and self.token_labels is None
-        has_classes &= not has_choices
-        classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)] if has_classes else []
+        examples = self._groups
+        classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)] if self._has_classes else []
         groups = [random.permutation(group) for group in classes or [np.unique(examples)]]
         exact = np.array([len(group) * share for group in groups])
         counts = np.floor(exact).astype(int)
@@ -227,3 +223,39 @@ class Dataset:
             message += "; a class with a single text stays in train, so use a larger share or a separate dev file"
             raise FunnelError(message, "dev_share")
         return self.subset(np.setdiff1d(np.arange(len(self)), second)), self.subset(second)
+
+    def split_fold(self, number: int, count: int, seed: int) -> tuple["Dataset", "Dataset"]:
+        """Splits at random for cross-validation; the second dataset is fold `number` (from 1) of `count`.
+
+        The folds are disjoint and cover all examples. They are stratified by class; in a multi-label dataset by combination of
+        classes. The windows of an example, groups of examples, and examples with the same text stay together.
+
+        Raises:
+            FunnelError: there are fewer groups than folds.
+        """
+        units = join_groups(self._groups, self.hashes)
+        n_units = int(units.max()) + 1
+        if n_units < count:
+            raise FunnelError(f"fold {number}/{count}: the data has only {n_units} different texts; use fewer folds", "fold")
+        classes = np.zeros(len(self), int)
+        if self._has_classes:
+            classes = self.labels
+        elif self.labels.ndim == 2 and self.labels.dtype == np.float32:  # multi-label
+            classes = np.unique(self.labels, axis=0, return_inverse=True)[1].reshape(-1)
+        is_second = assign_folds(units, classes, count, seed) == number - 1
+        return self.subset(np.flatnonzero(~is_second)), self.subset(np.flatnonzero(is_second))
+
+    @property
+    def _groups(self) -> np.ndarray:
+        """Which rows must stay together in a split: those with equal numbers, [n]."""
+        for groups in (self.rows.groups, self.rows.examples):
+            if groups is not None:
+                return groups
+        has_choices = self.rows.lengths.ndim == 2
+        return np.unique(self.hashes, return_inverse=True)[1] if has_choices else np.arange(len(self))
+
+    @property
+    def _has_classes(self) -> bool:
+        """Whether every row has one label, which is a class."""
+        is_class = self.labels.ndim == 1 and self.labels.dtype == np.int32
+        return is_class and self.token_labels is None and self.rows.lengths.ndim == 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from funnel.data.custom import ColumnChoice, open_examples
+from funnel.data.dataset import Dataset
 from funnel.data.encoding import TextEncoder, encode_examples, encode_texts
 from funnel.data.files import Example, ExampleFile
 from funnel.data.tokenizer import FunnelTokenizer, list_of_strings
@@ -151,9 +152,12 @@ class Classifier(Predictor):
         Raises:
             FunnelError: the file is malformed or has a label that the classifier lacks, or a metric is unknown.
         """
+        return self.evaluate(self.encode_file(source, labels), metrics, source.path.name)
+
+    def encode_file(self, source: ExampleFile, labels: Mapping[str, str] | None = None) -> Dataset:
+        """Encodes a labeled file; arguments and errors as in `evaluate_file`."""
         label_ids = {name: i for i, name in enumerate(self.problem.labels)} if self.problem.has_classes else None
         if labels and label_ids and set(labels.values()) == set(label_ids):
             label_ids = {spelling: label_ids[name] for spelling, name in labels.items()} | label_ids
         encoder = TextEncoder(label_ids, isinstance(self.problem, MultiLabel))
-        dataset = encode_examples(source, encoder, self.tokenizer, self.inputs.max_length)
-        return self.evaluate(dataset, metrics, source.path.name)
+        return encode_examples(source, encoder, self.tokenizer, self.inputs.max_length)

@@ -163,6 +163,15 @@ class Predictor:
         Raises:
             FunnelError: a metric is unknown, or outputs are not finite.
         """
+        results = self.checked_results(dataset, name)
+        return self.problem.score(results, dataset, metrics), self.problem.analyze(results, dataset, self.tokenizer)
+
+    def checked_results(self, dataset: Dataset, name: str) -> Tensor:
+        """As `run`, with a progress bar on standard error; `name` is the dataset's.
+
+        Raises:
+            FunnelError: outputs are not finite.
+        """
         self.n_truncated += dataset.truncation.texts
         n_batches = math.ceil(len(dataset) / BATCH_SIZE)
         progress = tqdm(desc=name, total=n_batches, unit="batch", disable=None, dynamic_ncols=True)
@@ -173,7 +182,7 @@ class Predictor:
         with progress, autocast(self.device, self.dtype):
             results = predict(self.model, self.problem, dataset, Pass(poll=advance))
         check_finite(results, name, self.dtype)
-        return self.problem.score(results, dataset, metrics), self.problem.analyze(results, dataset, self.tokenizer)
+        return results
 
 
 def describe_truncation(count: int, what: str, limit: int) -> str:

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from funnel.data.dataset import Dataset
+from funnel.data.folds import parse_fold
 from funnel.data.spans import SpanArgs
 from funnel.data.tasks import TASKS, Task, get_task, locate_files
 from funnel.errors import FunnelError, format_list
@@ -20,8 +22,9 @@ class TaskArgs(SpanArgs):
     """The options that select a task and its files.
 
     Raises:
-        FunnelError: a value is invalid, the task is unknown, `dev` is combined with `dev_share`, an option for custom files is
-            set for another task, or the metric does not apply to the task (that of custom files is checked by `load_task`).
+        FunnelError: a value is invalid, the task is unknown, two of `dev`, `dev_share` and `fold` are combined, an option for
+            custom files is set for another task, or the metric does not apply to the task (that of custom files is checked by
+            `load_task`).
     """
 
     task: str | None = option(
@@ -39,6 +42,9 @@ class TaskArgs(SpanArgs):
         f"fraction of your own data to evaluate on, stratified by class (default: {DEFAULT_DEV_SHARE})",
         bounds="(0, 1)",
         metavar="SHARE",
+    )
+    fold: str | None = option(
+        None, "cross-validation on your own data: evaluate on fold K of N, train on the others", metavar="K/N"
     )
     text_column: str | None = option(
         None, "column of the texts in your own data; 0, 1, … if it has no header (default: text or sentence)", metavar="NAME"
@@ -64,9 +70,14 @@ class TaskArgs(SpanArgs):
             get_task(self.task)
         if self.dev is not None and self.dev_share is not None:
             raise FunnelError("dev_share cannot be combined with a dev file; use one of them", "dev_share")
+        if self.fold is not None:
+            parse_fold(self.fold)
+            if self.dev is not None or self.dev_share is not None:
+                raise FunnelError("fold cannot be combined with a dev file or share; the fold is the dev set", "fold")
         if self.task is None and self.data is not None:
             return
-        for name in ("dev", "dev_share", "text_column", "text_pair_column", "label_column", "problem", "positive_label"):
+        own = ("dev", "dev_share", "fold", "text_column", "text_pair_column", "label_column", "problem", "positive_label")
+        for name in own:
             if getattr(self, name) is not None:
                 reason = f"task {self.task} defines its own" if self.task else "none is given"
                 raise FunnelError(f"{name} only applies to your own data; {reason}", name)
@@ -81,7 +92,20 @@ def load_task(args: TaskArgs) -> Task:
         FunnelError: a file is missing, malformed or cannot be downloaded, or the metric does not apply to the task.
     """
     task = answer_spans.with_encoding(locate_task(args), args)
+    if args.fold is not None and "dev" in task.files:
+        raise FunnelError(f"fold cannot be combined with the dev set in {args.data}; pass the training file as data", "fold")
     return task if args.metric is None else with_metric(task, args.metric)
+
+
+def split_off_dev(dataset: Dataset, args: TaskArgs, seed: int) -> tuple[Dataset, Dataset]:
+    """Splits the data of a task without a dev set into a training and a dev set.
+
+    Raises:
+        FunnelError: there are not enough examples.
+    """
+    if args.fold is not None:
+        return dataset.split_fold(*parse_fold(args.fold), seed)
+    return dataset.split(args.dev_share or DEFAULT_DEV_SHARE, seed)
 
 
 def locate_task(args: TaskArgs) -> Task:

@@ -8,10 +8,11 @@ from funnel.data.tasks import Task
 from funnel.errors import FunnelError
 from funnel.options import option
 from funnel.training.device import DEVICES, DTYPES
+from funnel.training.tracking import TrackingArgs
 
 
 @dataclass(frozen=True)
-class RunArgs:
+class RunArgs(TrackingArgs):
     """Options for how to train, where, and what to save.
 
     Raises:

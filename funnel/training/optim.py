@@ -15,7 +15,7 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
     """Groups for AdamW: weight matrices with weight decay; biases and LayerNorms without. There are two, or with layer-wise
     learning-rate decay two per layer.
 
-    They are distinguished by name, which also works for transformers' models.
+    They are distinguished by name, which also works for transformers' models. Frozen parameters are in no group.
 
     Args:
         layer_decay: factor between the learning rates of a layer and of the one after it, so that layers close to the input
@@ -24,6 +24,8 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
     scales = {} if layer_decay == 1 else layer_lr_scales(model, layer_decay)
     groups: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_decayed = re.search("bias|norm", name, re.IGNORECASE) is None
         groups.setdefault((scales.get(name), is_decayed), []).append(parameter)
     return [

@@ -15,6 +15,7 @@ from funnel.options import RANDOM
 from funnel.problems.base import Problem
 from funnel.problems.error_analysis import EVALUATION_FILE, single_class_warning
 from funnel.training.evaluate import Evaluation
+from funnel.training.freezing import describe_frozen
 from funnel.training.run_dir import RunDir
 from funnel.training.state import TrainComponents, TrainState
 
@@ -37,9 +38,10 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.seconds = time.perf_counter() - self._started
         self.bar.close()
+        self.run.close(failed=error is not None)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -160,6 +162,8 @@ def print_banner(run: RunDir, components: TrainComponents, origin: str, note: st
     parameters = sum(parameter.numel() for parameter in components.model.parameters())
     device = dist.device.type + (f" x {dist.world_size} processes" if dist.world_size > 1 else "")
     print(f"model: blocks {config.layout}, d_model {config.d_model}, {parameters:,} parameters, from {origin}")
+    if frozen := describe_frozen(components.model, settings.get("freeze_layers")):
+        print(frozen)
     if note:
         print(f"note: {note}")
     print(

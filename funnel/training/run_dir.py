@@ -45,6 +45,7 @@ from funnel.problems.error_analysis import EVALUATION_FILE
 from funnel.training.distributed import Distributed
 from funnel.training.optim import MAX_WARMUP_STEPS
 from funnel.training.state import STATE_VERSION, TrainComponents, TrainState
+from funnel.training.tracking import TrackedRun, Tracker, check_trackers, close_all, log_to, open_trackers
 
 VERSION = 3  # of run.json
 STATE = "training_state.pt"
@@ -53,6 +54,7 @@ PER_PROCESS = frozenset(("out", "resume", "debug", "fsdp"))
 # Arguments that may change on resume: they do not affect the result, or settings derived from the data cover their effect.
 MAY_CHANGE = PER_PROCESS | frozenset(
     "epochs steps device gradient_checkpointing no_cuda_graphs log_every save_every keep_checkpoints keep_optimizer "
+    "tensorboard wandb "
     "data corpus teacher dev dev_share text_column text_pair_column label_column problem".split()
 )
 # Arguments that the settings in run.json omit.
@@ -84,6 +86,7 @@ class RunDir:
         settings: those in run.json.
         checkpoint: the one that the run resumes from; None for a new run, or if there is none yet.
         resume_note: one line about how the run was resumed; "" for a new run.
+        trackers: receive each line of metrics.jsonl. Only those of rank 0 are used.
     """
 
     def __init__(self, folder: Path, keep: int = 2, keep_optimizer: bool = False, dist: Distributed | None = None) -> None:
@@ -93,6 +96,7 @@ class RunDir:
         self.settings: dict[str, Any] = {}
         self.checkpoint: LastCheckpoint | None = None
         self.resume_note = ""
+        self.trackers: list[Tracker] = []
         self._saved = (-1, -1)  # step and evaluation of the newest checkpoint
 
     @classmethod
@@ -103,12 +107,14 @@ class RunDir:
             args: the arguments of train.py or pretrain.py; `out`, `resume`, `keep_checkpoints` and `keep_optimizer` are used.
 
         Raises:
-            FunnelError: the folder cannot be written or is not empty, or all checkpoints are damaged.
+            FunnelError: the folder cannot be written or is not empty, all checkpoints are damaged, or a package that a tracker
+                needs is not installed.
         """
         run = cls(args.out or Path("runs"), args.keep_checkpoints, args.keep_optimizer, dist)
 
         def open_on_main() -> tuple[Checkpoint, FunnelTokenizer, TrainState, Path] | None:
             check_writable(run.folder, is_new=args.out is not None and not args.resume)
+            check_trackers(args)
             return run.load_last() if args.resume else None
 
         loaded = dist.run_on_main_and_broadcast(open_on_main)
@@ -133,7 +139,7 @@ class RunDir:
             command: recorded in run.json; `funnel sweep` compares it.
 
         Raises:
-            FunnelError: the data has changed, or the run has already completed more steps.
+            FunnelError: the data has changed, the run has already completed more steps, or a tracker cannot be started.
         """
         values = {name: v for name, v in dataclasses.asdict(args).items() if name not in NOT_SETTINGS}
         self.settings = {**{name: _to_json(v) for name, v in values.items()}, **derived}
@@ -151,7 +157,8 @@ class RunDir:
                     record["settings"].update({duration: getattr(args, duration), "steps": derived["steps"]})
                     record["arguments"][duration] = getattr(args, duration)
                     write_json(self.folder / "run.json", record)
-                self.truncate_log(state)
+                kept, repeated = self.truncate_log(state)
+                self.trackers += open_trackers(args, TrackedRun(self.folder, self.settings, kept, repeated))
                 return self.folder
             if args.out is not None:
                 check_writable(args.out, is_new=True)  # check again: another run may have used it meanwhile
@@ -161,6 +168,7 @@ class RunDir:
             arguments |= {name: v for name, v in derived.items() if name in ("task", "blocks", "dtype") and v != CUSTOM}
             record = {"version": VERSION, "command": command, "settings": self.settings, "arguments": arguments}
             write_json(folder / "run.json", record)
+            self.trackers += open_trackers(args, TrackedRun(folder, self.settings))
             return folder
 
         self.folder = self.dist.run_on_main_and_broadcast(start_on_main)
@@ -276,23 +284,38 @@ class RunDir:
     # --- log ----------------------------------------------------------------------------------------------------------
 
     def log(self, **values: Any) -> None:
-        """Appends a line to metrics.jsonl on rank 0; values that are not finite become null."""
+        """Appends a line to metrics.jsonl on rank 0; values that are not finite become null. Passes it to the trackers."""
         if not self.is_main:
             return
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         path = self.folder / "metrics.jsonl"
         with os_errors(path, "write"), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        log_to(self.trackers, values)
 
-    def truncate_log(self, state: TrainState) -> None:
-        """Drops the lines of metrics.jsonl that a run resumed from `state` will write again."""
+    def close(self, failed: bool) -> None:
+        """Closes the trackers.
+
+        Args:
+            failed: whether an error ended the training.
+        """
+        close_all(self.trackers, failed)
+
+    def truncate_log(self, state: TrainState) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Drops the lines of metrics.jsonl that a run resumed from `state` will write again.
+
+        Returns:
+            The lines that were kept, and those that were dropped.
+        """
         path = self.folder / "metrics.jsonl"
         if not path.is_file():
-            return
+            return [], []
         with os_errors(path):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = [line for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if (line := _parse(text))]
+        kept, dropped = ([line for line in lines if _precedes(line, state) == keep] for keep in (True, False))
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines if _precedes(line, state)), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        return kept, dropped
 
 
 def check_writable(folder: Path, is_new: bool) -> None:
@@ -436,10 +459,15 @@ def _read_state(path: Path) -> TrainState:
     return TrainState(**values)
 
 
-def _precedes(line: str, state: TrainState) -> bool:
-    """Whether a line of metrics.jsonl was written before `state`; False for a truncated line."""
+def _parse(text: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None if it is truncated."""
     try:
-        values = json.loads(line)
-        return bool(values["step"] <= (state.step if values["split"] == "train" else state.evaluated_step))
+        line = json.loads(text)
+        return line if line["step"] >= 0 and isinstance(line["split"], str) else None
     except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+        return None
+
+
+def _precedes(line: Mapping[str, Any], state: TrainState) -> bool:
+    """Whether a line of metrics.jsonl was written before `state`."""
+    return bool(line["step"] <= (state.step if line["split"] == "train" else state.evaluated_step))

@@ -211,6 +211,25 @@ def test_repeated_seeds_are_not_counted_twice_and_tasks_are_plotted_separately(r
     assert all("rte: dev accuracy" in drawing and "qnli" not in drawing for drawing in drawings)
 
 
+def test_folds_are_one_group_per_number_of_folds(runs, tmp_path):
+    for name, source, fold in (
+        ("a", "a", "1/2"),
+        ("b", "a", "2/2"),
+        ("c", "b", "1/2"),
+        ("other", "a", "1/3"),
+        ("d", "a", None),
+    ):
+        shutil.copytree(runs / source, tmp_path / name)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        record["settings"]["fold"] = fold
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    groups = group_by_settings([read_run(tmp_path / name) for name in ("a", "b", "c", "other", "d")])
+    assert [[run.name for run in group] for group in groups] == [["a", "b", "c"], ["other"], ["d"]]
+    cells = [dict(zip(COLUMNS, table_row(group), strict=True))["seeds"] for group in groups]
+    assert cells == ["2 x 2 folds", "1 fold", "1"]
+    assert dict(zip(COLUMNS, table_row(groups[0][:2]), strict=True))["seeds"] == "2 folds"
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 

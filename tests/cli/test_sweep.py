@@ -7,12 +7,18 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
+import train
+from funnel.analysis.onnx_report import load_dev_set
+from funnel.analysis.runs import read_run
+from funnel.cli import sweep
 from funnel.cli.main import main
 from funnel.cli.sweep import FINISHED, NEW, STARTED, PlannedRun, SweepArgs, check_runs, plan_runs, run_state
 from funnel.errors import FunnelError
+from funnel.weights.load import read_source, resolve
 
 TRAIN = ("--script", str(ROOT / "train.py"))
 QUICK = (*TRAIN, "--data", "train.tsv", "--weights", "none", "--batch-size", "8")
@@ -31,12 +37,20 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_plans_every_combination_once_ordered_by_seed(tmp_path):
-    args = SweepArgs(tmp_path, ["2,2", "1"], ["identity", "copy"], ["1e-5", "2e-5"], 2, ["--epochs", "1"])
+    args = SweepArgs(tmp_path, ["2,2", "1"], ["identity", "copy"], ["1e-5", "2e-5"], 2, None, ["--epochs", "1"])
     runs = plan_runs(args)
     assert len({run.folder for run in runs}) == len({tuple(run.arguments) for run in runs}) == 16
     assert runs[0].folder.name == "2-2_identity_1e-5_seed0"
     assert runs[0].arguments == ["--blocks", "2,2", "--init", "identity", "--lr", "1e-5", "--seed", "0", "--epochs", "1"]
     assert [run.folder.name[-1] for run in runs] == ["0"] * 8 + ["1"] * 8
+
+
+def test_plans_every_combination_once_per_fold(tmp_path):
+    runs = plan_runs(SweepArgs(tmp_path, blocks=["2,2", "1"], n_seeds=2, n_folds=3, train_arguments=["--data", "x.csv"]))
+    names = [run.folder.name for run in runs]
+    assert names[:3] == ["2-2_fold1of3_seed0", "1_fold1of3_seed0", "2-2_fold2of3_seed0"]
+    assert len(set(names)) == 2 * 2 * 3
+    assert runs[2].arguments == ["--blocks", "2,2", "--fold", "2/3", "--seed", "0", "--data", "x.csv"]
 
 
 def test_plans_equal_values_once(tmp_path):
@@ -57,6 +71,8 @@ def test_plans_one_run_with_default_settings(tmp_path):
         ({"learning_rates": ["1e-5", "nan"]}, "invalid --lr 'nan'"),
         ({"learning_rates": ["0"]}, "invalid --lr '0'"),
         ({"n_seeds": 0}, "invalid --seeds 0"),
+        ({"n_folds": 1}, "invalid --folds 1"),
+        ({"train_arguments": ["--fold", "1/2"]}, "--fold is set by the sweep"),
         ({"train_arguments": ["--seed", "3"]}, "--seed is set by the sweep"),
         ({"train_arguments": ["--out=x"]}, "--out is set by the sweep"),
     ],
@@ -88,6 +104,7 @@ def test_a_missing_script_is_an_error(tmp_path, monkeypatch, capsys):
         (("--epochs", "-1"), "invalid --epochs -1.0"),
         (("--warmup", "fast"), "invalid float value: 'fast'"),
         (("--out", "train.tsv"), "--out train.tsv: expected a folder for the runs, found a file"),
+        (("--folds", "3", "--dev-share", "0.2"), "--fold cannot be combined with a dev file or share"),
     ],
 )
 def test_the_scripts_arguments_are_checked_before_the_first_run(arguments, message, folder, monkeypatch, capsys):
@@ -156,6 +173,24 @@ def test_finished_runs_are_skipped_and_new_seeds_are_added(folder, capfd):
     assert logs == {path: path.stat().st_mtime_ns for path in logs}
     assert main([*arguments[:-1], "0.6"]) == 2
     assert "different arguments" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_cross_validation_evaluates_each_example_once_and_reports_mean_and_deviation(folder, monkeypatch, capsys):
+    pytest.importorskip("jinja2", reason="needs the extra report")
+    monkeypatch.setattr(sweep, "run_training", lambda script, arguments: train.main(list(arguments)))
+    quick = ["--data", "train.tsv", "--weights", "none", "--steps", "3", "--max-length", "8", "--device", "cpu"]
+    assert main(["sweep", "--folds", "3", "--blocks", "1", "--out", "s", *TRAIN, *quick]) == 0
+    runs = [read_run(folder / f"s/1_fold{k}of3_seed0") for k in (1, 2, 3)]
+    assert sum(run.settings["dev_examples"] for run in runs) == 80
+    assert all(run.settings["dev_examples"] + run.settings["train_examples"] == 80 for run in runs)
+    dev_sets = [load_dev_set(read_source(resolve(str(run.folder)))).dataset for run in runs]  # read again, from run.json
+    assert len(np.unique(np.concatenate([dataset.hashes for dataset in dev_sets]))) == 80
+    final = [100 * run.final["accuracy"] for run in runs]
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| train.tsv |"))
+    assert f"| 3 folds | accuracy {np.mean(final):.1f} ± {np.std(final, ddof=1):.1f} |" in row
+    assert main(["report", "s"]) == 0
+    assert row in capsys.readouterr().out
 
 
 @pytest.mark.slow

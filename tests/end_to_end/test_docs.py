@@ -84,7 +84,9 @@ def home(tmp_path_factory, tiny_bert):
         config = tiny_config(vocab_size=tokenizer.vocab_size, blocks="2,2,2", num_decoder_layers=0)
         FunnelForSequenceClassification(config).save_pretrained(folder / name)
         tokenizer.save(folder / name)
-    (folder / "reviews.csv").write_text("review,stars\n" + "".join(f'"{text}",{stars}\n' for text, stars in ROWS))
+    (folder / "reviews.csv").write_text(
+        "review,stars\n" + "".join(f'"{text} {i}",{stars}\n' for i, (text, stars) in enumerate(ROWS))
+    )
     documents = ["\n".join(text for text, _ in ROWS[i : i + 3]) for i in range(0, len(ROWS), 3)] * 16  # a batch at least
     (folder / "wiki.txt.xz").write_bytes(lzma.compress("\n\n".join(documents).encode()))
     (folder / "notes.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))

@@ -29,6 +29,7 @@ from funnel.training.device import seed_step
 from funnel.training.distributed import Distributed
 from funnel.training.divergence import NonFiniteGuard
 from funnel.training.evaluate import predict
+from funnel.training.freezing import FreezeArgs, freeze
 from funnel.training.loss import TaskLoss
 from funnel.training.optim import LinearWarmupDecay, build_adamw, param_groups
 from funnel.training.state import TrainComponents, TrainState
@@ -55,12 +56,13 @@ class Run:
 
     def __init__(self, dtype="fp32", dropout=0.0, texts=403, **changes):
         defaults = {"no_cuda_graphs": False, "gradient_checkpointing": False, "grad_accum": 1, "seed": 0}
-        args = SimpleNamespace(**{**defaults, "layer_decay": 1.0, "has_teacher": False, **changes})
+        args = SimpleNamespace(**{**defaults, "layer_decay": 1.0, "has_teacher": False, "freeze_layers": None, **changes})
         dist = Distributed(DEVICE)
         torch.manual_seed(0)
         config = tiny_config(hidden_dropout=dropout, attention_dropout=dropout, blocks="2x2,1,2")
         model = FunnelForSequenceClassification(config).to(DEVICE).train()
         model.set_gradient_checkpointing(args.gradient_checkpointing)
+        freeze(model, FreezeArgs(freeze_layers=args.freeze_layers))
         optimizer = build_adamw(param_groups(model, 0.01, args.layer_decay), 1e-3, dist.graph_device)
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=dtype == "fp16")
         loss: Any = TaskLoss(PROBLEM)
@@ -105,6 +107,7 @@ class Run:
         {"grad_accum": 3, "dropout": 0.1},
         {"layer_decay": 0.8, "dropout": 0.1},
         {"has_teacher": True, "dropout": 0.1},
+        {"freeze_layers": 4, "dropout": 0.1},
     ],
 )
 def test_graphs_compute_the_same_losses_as_eager_steps(changes):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, run_command, tiny_config
 
+import train
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.model.checkpoint import load_checkpoint
@@ -133,6 +134,21 @@ def test_any_number_of_processes_trains_the_same_model(flags, folder, single):
     code, _, error = finish(launch(folder, int(world_size), *COMMON, *more, "--out", out))
     assert code == 0, error
     assert_same_run(folder / out, single)
+
+
+@pytest.mark.slow
+def test_a_partly_frozen_model_is_sharded_like_any_other(folder, monkeypatch):
+    frozen = (*COMMON, "--epochs", "1", "--freeze-layers", "3")
+    process = launch(folder, 2, *frozen, "--fsdp", "--out", "frozen-sharded")
+    monkeypatch.chdir(folder)
+    assert train.main([*frozen, "--out", "frozen"]) == 0
+    code, _, error = finish(process)
+    assert code == 0, error
+    assert_same_run(folder / "frozen-sharded", folder / "frozen")
+    before, after = (load_checkpoint(folder / name).weights for name in ("weights", "frozen-sharded/last"))
+    unchanged = {name.rsplit(".", 1)[0] for name in after if name in before and torch.equal(before[name], after[name])}
+    assert {"embeddings.word_embeddings", "encoder.blocks.0.0.ffn.linear_1", "encoder.blocks.1.0.ffn.linear_2"} <= unchanged
+    assert not {"encoder.blocks.1.1.ffn.linear_1", "classifier.linear_out"} & unchanged
 
 
 DISTILLED = ("--teacher", "teacher", "--layer-lr-decay", "0.7")
