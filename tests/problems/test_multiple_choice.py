@@ -354,11 +354,10 @@ def test_transformers_computes_the_same_logits(tmp_path, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"blocks": "2", **ABSOLUTE}])
-def test_an_onnx_file_answers_any_number_of_questions_choices_and_tokens(tmp_path, changes):
+def test_an_onnx_file_answers_any_number_of_questions_choices_and_tokens(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    config = tiny_config(num_decoder_layers=0, id2label={0: "score"}, **changes)
+    config = tiny_config(num_decoder_layers=0, id2label={0: "score"})
     model = FunnelForMultipleChoice(config).eval()
     write_onnx(tmp_path, Checkpoint(config, model.state_dict(), "FunnelForMultipleChoice"))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])

@@ -121,10 +121,8 @@ def assert_same_run(actual, expected):
     "flags",
     [
         ("4",),
-        ("2", "--fsdp"),
         ("2", "--grad-accum", "3", "--gradient-checkpointing"),
-        ("2", "--fsdp", "--grad-accum", "2"),
-        ("2", "--fsdp", "--gradient-checkpointing"),
+        ("2", "--fsdp", "--grad-accum", "2", "--gradient-checkpointing"),
     ],
     ids=" ".join,
 )
@@ -168,12 +166,10 @@ def distilled(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--fsdp", "--grad-accum", "2")], ids=" ".join)
-def test_several_processes_share_a_teacher(flags, folder, distilled):
-    out = "teacher2" + "".join(flags)
-    code, _, error = finish(launch(folder, 2, *COMMON, *DISTILLED, *flags, "--out", out))
+def test_several_processes_share_a_teacher(folder, distilled):
+    code, _, error = finish(launch(folder, 2, *COMMON, *DISTILLED, "--grad-accum", "2", "--out", "teacher2"))
     assert code == 0, error
-    assert_same_run(folder / out, distilled)
+    assert_same_run(folder / "teacher2", distilled)
 
 
 @pytest.mark.slow
@@ -189,7 +185,7 @@ def test_a_run_with_a_teacher_and_layer_decay_resumes_with_another_number_of_pro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), [((2,), (1,)), ((2, "--fsdp"), (3,)), ((1,), (2, "--fsdp"))])
+@pytest.mark.parametrize(("first", "second"), [((2, "--fsdp"), (3,)), ((1,), (2, "--fsdp"))])
 def test_a_run_resumes_with_another_number_of_processes(first, second, folder, single):
     out = f"from{first[0]}to{second[0]}{len(second)}"
     world_size, *more = first
@@ -208,7 +204,7 @@ def test_a_run_resumes_with_another_number_of_processes(first, second, folder, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", [("--lr", "-1"), ("--unknown",), ("--out", "weights"), ("--weights", "nowhere")])
+@pytest.mark.parametrize("mistake", [("--lr", "-1"), ("--weights", "nowhere")])
 def test_an_error_on_all_ranks_is_printed_once(mistake, folder):
     code, _, error = finish(launch(folder, 2, *COMMON, *mistake))
     assert code != 0
@@ -217,10 +213,9 @@ def test_an_error_on_all_ranks_is_printed_once(mistake, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--fsdp",)])
-def test_divergence_ends_all_ranks_with_one_diagnosis(flags, folder):
-    diverging = ("--lr", "1e3", "--warmup", "0", "--weight-decay", "1e30", "--out", "diverged" + "".join(flags))
-    code, _, error = finish(launch(folder, 2, *COMMON, *flags, *diverging))
+def test_divergence_ends_all_ranks_with_one_diagnosis(folder):
+    diverging = ("--lr", "1e3", "--warmup", "0", "--weight-decay", "1e30", "--out", "diverged")
+    code, _, error = finish(launch(folder, 2, *COMMON, "--fsdp", *diverging))
     assert code != 0
     assert error.count("training diverged at step") == 1, error
 
