@@ -5,10 +5,12 @@ funnel convert DIR weights/mine                            # the format is detec
 funnel convert runs/mine out --to huggingface              # for transformers' from_pretrained
 funnel convert runs/mine out --to onnx                     # one file for onnxruntime (extra: onnx)
 funnel convert runs/mine out --to onnx --quantize int8     # with int8 weights; compares accuracy and latency
+funnel convert runs/mine out --to huggingface --push-to-hub OWNER/NAME   # upload the folder, too
 """
 
 import argparse
 import shutil
+import signal
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -17,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from funnel.cli.common import ArgumentParser, run_command
-from funnel.errors import FunnelError, format_list
+from funnel.errors import FunnelError, StoppedBySignal, format_list
 
 if TYPE_CHECKING:
     from funnel.weights.load import Source
 
 TARGETS = ("funnel", "huggingface", "onnx")
 QUANTIZATIONS = ("int8",)
+CARD = "README.md"  # of a run; copied into the folder
 ON_INTERRUPT = "nothing was written"
 
 
@@ -31,7 +34,7 @@ def add_convert(commands: "argparse._SubParsersAction[ArgumentParser]") -> None:
     """Adds the subcommand to `funnel`."""
     parser = commands.add_parser("convert", help="convert a checkpoint to another format", description=__doc__)
     _add_arguments(parser)
-    parser.set_defaults(work=lambda args: convert(args.source, args.out, args.to, args.quantize), on_interrupt=ON_INTERRUPT)
+    parser.set_defaults(work=convert_and_push, on_interrupt=ON_INTERRUPT)
 
 
 def main(program: str, arguments: list[str] | None = None) -> int:
@@ -49,8 +52,7 @@ def main(program: str, arguments: list[str] | None = None) -> int:
         args = parser.parse_args(arguments)
     except SystemExit as end:  # after --help or a usage error
         return int(end.code or 0)
-    work = partial(convert, args.source, args.out, args.to, args.quantize)
-    return run_command(program, work, on_interrupt=ON_INTERRUPT, debug=args.debug)
+    return run_command(program, partial(convert_and_push, args), on_interrupt=ON_INTERRUPT, debug=args.debug)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +60,40 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     parser.add_argument("--to", choices=TARGETS, default="funnel", help="format to write (default: %(default)s)")
     parser.add_argument("--quantize", choices=QUANTIZATIONS, help="onnx: store weights in int8 (dynamic quantization)")
+    parser.add_argument("--push-to-hub", metavar="ID", help="upload the folder to the Hugging Face repository OWNER/NAME; the "
+                        "token is that of `hf auth login` or HF_TOKEN")  # fmt: skip
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: make a new repository private")
+
+
+def convert_and_push(args: argparse.Namespace) -> None:
+    """Converts a checkpoint, then uploads the result if a repository is given.
+
+    Raises:
+        FunnelError: as `convert`, or the folder cannot be uploaded. Then it is complete nevertheless.
+    """
+    if args.push_to_hub is None:
+        if args.private:
+            raise FunnelError("private has no effect without push_to_hub; omit it", "private")
+        convert(args.source, args.out, args.to, args.quantize)
+        return
+    from funnel.analysis.card import REPO_ID
+    from funnel.io import atomic_write
+    from funnel.weights.hub import check_repo_id, find_token, push_folder
+
+    check_repo_id(args.push_to_hub)  # before the conversion
+    find_token()
+    convert(args.source, args.out, args.to, args.quantize)
+    card = args.out / CARD
+    if card.is_file():
+        text = card.read_text(encoding="utf-8").replace(REPO_ID, args.push_to_hub)
+        with atomic_write(card) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    else:
+        warnings.warn("the repository gets no model card; write one with funnel card RUN before converting", stacklevel=2)
+    try:
+        print(f"uploaded  {push_folder(args.out, args.push_to_hub, args.private)}")
+    except KeyboardInterrupt:
+        raise StoppedBySignal(signal.SIGINT, f"{args.out} is complete, but not uploaded") from None
 
 
 def convert(source: str, out: Path, to: str = "funnel", quantize: str | None = None) -> None:
@@ -97,25 +133,40 @@ def convert(source: str, out: Path, to: str = "funnel", quantize: str | None = N
     if tokenizer is None:
         warnings.warn(f"{folder}: no tokenizer found; copy the model's tokenizer.json or vocab.txt into {out}", stacklevel=2)
     checkpoint = Checkpoint(loaded.config, loaded.weights, loaded.architecture)
+    card = _model_card(folder)
+
+    def write_more(target: Path) -> None:
+        if tokenizer is not None and to == "huggingface":
+            config = loaded.config
+            token_types = 3 if config.relative_attention else config.token_type_embeddings  # Funnel's [CLS] has a type
+            tokenizer.save_for_transformers(target, max_length(config), token_types)
+        elif tokenizer is not None:
+            tokenizer.save(target)
+        if card is not None:
+            shutil.copyfile(card, target / CARD)
+
     if to == "funnel":
-        save_checkpoint(out, checkpoint, extra=None if tokenizer is None else tokenizer.save)
+        save_checkpoint(out, checkpoint, extra=write_more)
     else:
         with atomic_folder(out) as target:
-            if to == "huggingface":
-                write_transformers(target, checkpoint)
-            else:
-                write_onnx(target, checkpoint)
+            (write_transformers if to == "huggingface" else write_onnx)(target, checkpoint)
             if quantize is not None:
                 _quantize(target / "model.onnx", loaded)
-            if tokenizer is not None and to == "huggingface":
-                config = loaded.config
-                token_types = 3 if config.relative_attention else config.token_type_embeddings  # Funnel's [CLS] has a type
-                tokenizer.save_for_transformers(target, max_length(config), token_types)
-            elif tokenizer is not None:
-                tokenizer.save(target)
+            write_more(target)
     num_parameters = sum(tensor.numel() for tensor in loaded.weights.values())
     files = ", ".join(sorted(path.name for path in out.iterdir()))
     print(f"wrote     {out}: {len(loaded.weights)} weights, {num_parameters:,} parameters ({files})")
+
+
+def _model_card(folder: Path) -> Path | None:
+    """The model card of a run, given its best checkpoint; None if there is none."""
+    from funnel.inference.predictor import run_folder
+    from funnel.model.checkpoint import best_checkpoint
+
+    run = run_folder(folder)
+    if run is None or best_checkpoint(run) != folder or not (run / CARD).is_file():
+        return None
+    return run / CARD
 
 
 def _quantize(path: Path, source: "Source") -> None:

@@ -7,6 +7,7 @@ funnel evaluate RUN FILE                             # metrics, confusions and l
 funnel submit RUN --data DIR --out DIR               # submission files for the GLUE server
 funnel explain RUN "a gorgeous , witty film"         # how much each token contributes to the prediction
 funnel report RUN [RUN ...]                          # HTML page and Markdown table of runs
+funnel card RUN                                      # model card, for sharing a model
 funnel convert SOURCE OUT                            # convert a checkpoint to another format
 """
 
@@ -14,6 +15,7 @@ import argparse
 import sys
 from typing import Any
 
+from funnel.cli.card import add_card
 from funnel.cli.common import ArgumentParser, run_command
 from funnel.cli.convert import add_convert
 from funnel.cli.evaluate import add_evaluate
@@ -25,7 +27,7 @@ from funnel.cli.submit import add_submit
 from funnel.cli.sweep import add_sweep
 
 # Each module imports PyTorch and the library only when its command runs, to keep `--help` and usage errors fast.
-COMMANDS = (add_layout, add_sweep, add_predict, add_evaluate, add_submit, add_explain, add_report, add_convert)
+COMMANDS = (add_layout, add_sweep, add_predict, add_evaluate, add_submit, add_explain, add_report, add_card, add_convert)
 
 
 def main(arguments: list[str] | None = None) -> int:

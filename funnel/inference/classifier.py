@@ -37,6 +37,18 @@ class Prediction(NamedTuple):
     probability: float | None
     probabilities: dict[str, float]
 
+    def top_k(self, k: int) -> list[tuple[str, float]]:
+        """The k most probable classes with their probabilities, the most probable first; all classes if there are fewer.
+
+        Raises:
+            FunnelError: k is not positive, or the model predicts a score.
+        """
+        if k < 1:
+            raise FunnelError(f"invalid top_k {k}: expected a positive number", "top_k")
+        if not self.probabilities:
+            raise FunnelError("top_k: the model predicts a score, not classes", "top_k")
+        return sorted(self.probabilities.items(), key=lambda item: -item[1])[:k]
+
 
 class Classifier(Predictor):
     """Classifies or scores texts, or pairs of texts. Arguments and attributes as in `Predictor`."""
@@ -58,27 +70,38 @@ class Classifier(Predictor):
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a string is an iterable of strings, too
-        self, texts: str, pairs: str | None = None
+        self, texts: str, pairs: str | None = None, top_k: None = None
     ) -> Prediction: ...
     @overload
-    def __call__(self, texts: Iterable[str], pairs: Iterable[str] | None = None) -> list[Prediction]: ...
-    def __call__(self, texts: str | Iterable[str], pairs: str | Iterable[str] | None = None) -> Prediction | list[Prediction]:
+    def __call__(self, texts: Iterable[str], pairs: Iterable[str] | None = None, top_k: None = None) -> list[Prediction]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, texts: str, pairs: str | None = None, *, top_k: int
+    ) -> list[tuple[str, float]]: ...
+    @overload
+    def __call__(
+        self, texts: Iterable[str], pairs: Iterable[str] | None = None, *, top_k: int
+    ) -> list[list[tuple[str, float]]]: ...
+    def __call__(self, texts: str | Iterable[str], pairs: str | Iterable[str] | None = None, top_k: int | None = None) -> Any:
         """Classifies one text, or several: a list, a NumPy array, a pandas Series or any other iterable of strings.
 
         Args:
             pairs: the second text of each pair, for a classifier of text pairs.
+            top_k: return only this number of classes with their probabilities, as `Prediction.top_k`. Without it, a
+                prediction has the probabilities of all classes.
 
         Raises:
-            FunnelError: a text is not a string, or texts and pairs do not match.
+            FunnelError: a text is not a string, texts and pairs do not match, or `top_k` is invalid.
         """
         if pairs is not None and isinstance(pairs, str) != isinstance(texts, str):
             raise FunnelError("texts and pairs must both be strings or both be lists of strings", "pairs")
         self.check_pairs(pairs is not None)
-        if isinstance(texts, str):
-            return self([texts], [pairs] if isinstance(pairs, str) else None)[0]
-        texts = list_of_strings(texts, "texts")
-        pairs = None if pairs is None else list_of_strings(pairs, "pairs")
-        return [self.to_prediction(row) for row in self.logits(texts, pairs)]
+        is_single = isinstance(texts, str)
+        texts = [texts] if isinstance(texts, str) else list_of_strings(texts, "texts")
+        pairs = [pairs] if isinstance(pairs, str) else None if pairs is None else list_of_strings(pairs, "pairs")
+        predictions = [self.to_prediction(row) for row in self.logits(texts, pairs)]
+        results = predictions if top_k is None else [prediction.top_k(top_k) for prediction in predictions]
+        return results[0] if is_single else results
 
     def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tensor:
         """Returns the logits of texts in their order, [n_texts, n_outputs], float32 on the CPU; updates `n_truncated`.

@@ -1,7 +1,8 @@
 """What all predictors have in common: loading a trained model, and running it on a dataset."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -80,7 +81,7 @@ class InputFormat(NamedTuple):
 
 
 class Predictor:
-    """A trained model with its tokenizer.
+    """A trained model with its tokenizer. Can be pickled, to run in worker processes.
 
     Args:
         model: on the device to run on.
@@ -138,6 +139,35 @@ class Predictor:
         inputs = InputFormat.of_checkpoint(checkpoint.config, folder)
         chosen = choose_device(device)
         return cls(model.to(chosen), tokenizer, inputs, choose_dtype(dtype, chosen, checkpoint.config.d_model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The results for one example or several; subclasses define the arguments."""
+        raise NotImplementedError
+
+    def stream(self, inputs: Iterable[Any], batch_size: int = BATCH_SIZE) -> Iterator[Any]:
+        """Yields one result per input, in order. Reads at most `batch_size` inputs ahead, so `inputs` may be endless.
+
+        Args:
+            inputs: texts, or tuples with the arguments of a call for one example: (text, second text), (question, context) or
+                (question, choices).
+            batch_size: number of inputs that run through the model at a time.
+
+        Raises:
+            FunnelError: `batch_size` is not positive, `inputs` is a single text or mixes tuples of different lengths, or an
+                input is invalid.
+        """
+        if batch_size < 1:
+            raise FunnelError(f"invalid batch_size {batch_size}: expected a positive number", "batch_size")
+        if isinstance(inputs, str):
+            raise FunnelError("inputs is a string: expected an iterable of texts", "inputs")
+        return self._stream(iter(inputs), batch_size)
+
+    def _stream(self, inputs: Iterator[Any], batch_size: int) -> Iterator[Any]:
+        while chunk := list(itertools.islice(inputs, batch_size)):
+            rows = [row if isinstance(row, tuple) else (row,) for row in chunk]
+            if len({len(row) for row in rows}) > 1:
+                raise FunnelError("inputs mixes texts and tuples, or tuples of different lengths", "inputs")
+            yield from self(*(list(column) for column in zip(*rows, strict=True)))
 
     @property
     def truncation_note(self) -> str:

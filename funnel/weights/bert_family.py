@@ -38,7 +38,17 @@ SUFFIXES = {
     CHOICE: "ForMultipleChoice",
 }
 SPAN_HEAD = {f"qa_outputs.{kind}": f"qa_outputs.{kind}" for kind in ("weight", "bias")}  # of all families
-TASK_FIELDS = ("id2label", "problem_type", "label_mean", "label_std", "model_max_length", "text_columns")  # of classifiers
+# Config fields of classifiers, and those of models for answer spans.
+TASK_FIELDS = (
+    "id2label",
+    "problem_type",
+    "label_mean",
+    "label_std",
+    "model_max_length",
+    "text_columns",
+    "decision_threshold",
+)
+SPAN_FIELDS = ("decision_threshold",)
 # Config fields without an effect on what a model of one block without relative attention computes.
 WITHOUT_EFFECT = (
     "num_decoder_layers",
@@ -431,9 +441,10 @@ def _classifier(values: Mapping[str, Any]) -> str | None:
 
 
 def _task_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Config fields of a classifier; none for other models."""
+    """Config fields of a classifier, and of a model for answer spans; none for other models."""
     if _classifier(values) is None:
-        return {}
+        is_spans = read_architecture(values).endswith(SUFFIXES[SPANS])
+        return {name: values[name] for name in SPAN_FIELDS if is_spans and values.get(name) is not None}
     fields = {name: values[name] for name in TASK_FIELDS if values.get(name) is not None}
     if isinstance(length := fields.get("model_max_length"), int) and length > MAX_SIZE:
         del fields["model_max_length"]  # a large number stands for "no limit"
@@ -520,9 +531,8 @@ def write_bert(folder: Path, saved: Checkpoint) -> None:
         FunnelError: transformers has no such model.
     """
     config, family = saved.config, FAMILIES[saved.config.family]
-    _check_head(saved)
+    check_representable(saved)
     values = _config_values(saved)
-    _check_representable(saved, values)
     prefix = "" if saved.architecture == BARE else family.prefix
     table = {ours: prefix + theirs for theirs, ours in family.body.items()}
     outputs = _TOKEN_OUTPUT if saved.architecture == TOKEN_CLASSIFIER else family.head
@@ -543,7 +553,6 @@ def write_bert(folder: Path, saved: Checkpoint) -> None:
 def _config_values(saved: Checkpoint) -> dict[str, Any]:
     """The contents of transformers' config.json."""
     config, family = saved.config, FAMILIES[saved.config.family]
-    is_classifier = saved.architecture in (CLASSIFIER, TOKEN_CLASSIFIER)
     fields = config.to_dict()
     values: dict[str, Any] = {
         "model_type": config.family,
@@ -557,9 +566,14 @@ def _config_values(saved: Checkpoint) -> dict[str, Any]:
         values["embedding_size"] = config.d_model
     if family.first_position_follows_padding:
         values["pad_token_id"] = config.position_offset - 1
-    if is_classifier:
-        values |= {name: fields[name] for name in (*TASK_FIELDS, "label2id")}
-    return values
+    return values | {name: fields[name] for name in _task_names(saved.architecture)}
+
+
+def _task_names(architecture: str) -> tuple[str, ...]:
+    """Names of the config fields that describe the task of a trained model; none for other models."""
+    if architecture in (CLASSIFIER, TOKEN_CLASSIFIER):
+        return (*TASK_FIELDS, "label2id")
+    return SPAN_FIELDS if architecture == SPANS else ()
 
 
 def _check_head(saved: Checkpoint) -> None:
@@ -571,17 +585,20 @@ def _check_head(saved: Checkpoint) -> None:
         raise not_in_transformers(saved, f"{family.title} with hidden_act {config.hidden_act!r} in the masked-LM head")
 
 
-def _check_representable(saved: Checkpoint, values: Mapping[str, Any]) -> None:
-    """Raises FunnelError unless reading `values` gives the config, up to fields without an effect."""
+def check_representable(saved: Checkpoint) -> None:
+    """Raises FunnelError unless transformers has such a model: reading its config gives ours, up to fields without an effect.
+
+    The weights are not used.
+    """
     config, title = saved.config, FAMILIES[saved.config.family].title
+    _check_head(saved)
     if len(config.blocks) > 1:
         raise not_in_transformers(saved, f"{title} with pooling (blocks {config.layout})")
     try:
-        readable = parse_config(values, Path(CONFIG)).to_dict()
+        readable = parse_config(_config_values(saved), Path(CONFIG)).to_dict()
     except FunnelError as error:
         raise not_in_transformers(saved, f"such {title} ({str(error).removeprefix(f'{CONFIG}: ')})") from None
-    is_classifier = saved.architecture in (CLASSIFIER, TOKEN_CLASSIFIER)
-    ignored = {*WITHOUT_EFFECT, *(() if is_classifier else (*TASK_FIELDS, "label2id"))}
+    ignored = {*WITHOUT_EFFECT, *TASK_FIELDS, "label2id"} - {*_task_names(saved.architecture)}
     if saved.architecture in (MASKED_LM, DISCRIMINATOR, TOKEN_CLASSIFIER, SPANS):  # these have a decoder
         ignored.remove("num_decoder_layers")
     if saved.architecture != MASKED_LM:

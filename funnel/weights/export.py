@@ -38,10 +38,8 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 UNITS = ("label_mean", "label_std")  # config fields that the graph applies
 # Dimensions of the inputs, by the architectures that can be exported.
 AXES = {
-    "FunnelForSequenceClassification": ("batch", "length"),
-    "FunnelForTokenClassification": ("batch", "length"),
-    "FunnelForQuestionAnswering": ("batch", "length"),
-    "FunnelForMultipleChoice": ("batch", "choices", "length"),
+    name: ("batch", "choices", "length") if name == "FunnelForMultipleChoice" else ("batch", "length")
+    for name in huggingface.WITH_ONNX
 }
 OPSET = 18  # native to PyTorch's exporter: needs no version conversion
 
@@ -140,6 +138,11 @@ def _import_extra(module: str, purpose: str) -> Any:
 def max_length(config: FunnelConfig) -> int:
     """Maximum number of tokens per text: that of fine-tuning, limited by the position table."""
     return config.limit_length(config.model_max_length or DEFAULT_MAX_LENGTH)
+
+
+def check_transformers(saved: Checkpoint) -> None:
+    """Raises FunnelError if `write_transformers` cannot write the model. The weights are not used."""
+    (huggingface if saved.config.family == "funnel" else bert_family).check_representable(saved)
 
 
 def write_transformers(folder: Path, saved: Checkpoint) -> None:

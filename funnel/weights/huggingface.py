@@ -76,6 +76,12 @@ NOT_IN_FUNNEL = {
     "embedding_size": None,
     "classifier_act": "tanh",
 }
+WITH_ONNX = (  # can be exported to ONNX, see export.py
+    "FunnelForSequenceClassification",
+    "FunnelForTokenClassification",
+    "FunnelForQuestionAnswering",
+    "FunnelForMultipleChoice",
+)
 INVERSE_TABLE = {ours: theirs for theirs, ours in TABLE.items()}
 
 
@@ -136,11 +142,7 @@ def write_huggingface(folder: Path, saved: Checkpoint) -> None:
     Raises:
         FunnelError: transformers has no such model.
     """
-    for name, value in NOT_IN_FUNNEL.items():
-        if getattr(saved.config, name) != value:
-            raise not_in_transformers(saved, f"Funnel-Transformer with {name} {getattr(saved.config, name)!r}")
-    if saved.architecture == "FunnelForMaskedLM" and saved.config.lm_head_transform:
-        raise not_in_transformers(saved, "Funnel-Transformer with lm_head_transform True in the masked-LM head")
+    check_representable(saved)
     is_bare = saved.architecture in ("FunnelModel", "FunnelBaseModel")
     config = saved.config
     # transformers creates as many outputs for answer spans as there are labels, and rejects a single label for multiple choice.
@@ -156,9 +158,18 @@ def write_huggingface(folder: Path, saved: Checkpoint) -> None:
     checkpoint.save_weights(folder / "model.safetensors", weights)
 
 
+def check_representable(saved: Checkpoint) -> None:
+    """Raises FunnelError if transformers has no such Funnel-Transformer. The weights are not used."""
+    for name, value in NOT_IN_FUNNEL.items():
+        if getattr(saved.config, name) != value:
+            raise not_in_transformers(saved, f"Funnel-Transformer with {name} {getattr(saved.config, name)!r}")
+    if saved.architecture == "FunnelForMaskedLM" and saved.config.lm_head_transform:
+        raise not_in_transformers(saved, "Funnel-Transformer with lm_head_transform True in the masked-LM head")
+
+
 def not_in_transformers(saved: Checkpoint, what: str) -> FunnelError:
     """The error for a model that transformers does not have."""
-    has_onnx = saved.architecture in ("FunnelForSequenceClassification", "FunnelForMultipleChoice")
+    has_onnx = saved.architecture in WITH_ONNX
     advice = "; export it to ONNX instead" if has_onnx else ""
     return FunnelError(f"transformers has no {what}{advice}")
 

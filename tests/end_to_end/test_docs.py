@@ -170,6 +170,8 @@ def execute(command: str, home: Path, monkeypatch) -> None:
             assert " ".join(words) in (ROOT / ".ci/run").read_text().replace(".venv/bin/", "")
         case ["python", "-m", "pytest", *_] | ["pytest", *_]:
             pass  # test_every_pytest_selection_names_tests_that_exist
+        case ["funnel", "convert", *_] if "--push-to-hub" in words:
+            check_flags(command)  # tested in tests/weights/test_hub.py
         case [*_, "--to", "onnx"]:
             pass  # takes half a minute; tested in tests/weights/test_export.py
         case ["python", "train.py", *rest]:

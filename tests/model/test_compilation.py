@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ABSOLUTE, BUCKETS, padded_batch, tiny_config
+from conftest import BUCKETS, padded_batch, tiny_config
 
 from funnel.model import attention
 from funnel.model.attention_backends import attention_backend

@@ -587,6 +587,17 @@ def test_units_of_a_regression_survive_export_and_import(tmp_path):
         torch.testing.assert_close(back.weights[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForQuestionAnswering"])
+def test_decision_threshold_survives_export_and_import(head, tmp_path):
+    make_bert_folder(tmp_path / "source", head)
+    source = read_source(tmp_path / "source")
+    problem = {"problem_type": "multi_label_classification"} if head == "ForSequenceClassification" else {}
+    config = source.config.replace(decision_threshold=0.25, **problem)
+    back = read_source(export(tmp_path / "out", Checkpoint(config, source.weights, source.architecture)))
+    assert back.architecture == source.architecture
+    assert back.config == config
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
