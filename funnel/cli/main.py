@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command("funnel", lambda: args.work(args), on_interrupt=args.on_interrupt, debug=args.debug)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def build_parser() -> ArgumentParser:
+    """The parser of the command line, with one subparser per command."""
     parser = ArgumentParser(prog="funnel", description=__doc__)
     debug: dict[str, Any] = {"action": "store_true", "help": "show the full traceback of errors"}
     parser.add_argument("--debug", **debug)
@@ -58,6 +59,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         add_command(subparsers)
     for subparser in subparsers.choices.values():
         subparser.add_argument("--debug", default=argparse.SUPPRESS, **debug)  # without resetting the one before the command
+    return parser
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = build_parser()
     args, extra = parser.parse_known_args(arguments)
     if extra and not (args.take_extra and args.take_extra(args, extra)):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")

@@ -31,7 +31,7 @@ from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.weights import build, load
 
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 ROWS = [("a good film", "5"), ("a bad film , sadly", "1"), ("an average film", "3")] * 12
 
@@ -172,6 +172,8 @@ def execute(command: str, home: Path, monkeypatch) -> None:
             pass  # test_every_pytest_selection_names_tests_that_exist
         case ["funnel", "convert", *_] if "--push-to-hub" in words:
             check_flags(command)  # tested in tests/weights/test_hub.py
+        case ["mkdocs", *_] | ["funnel", "serve", *_]:
+            pass  # servers; tests/end_to_end/test_site.py builds the site
         case [*_, "--to", "onnx"]:
             pass  # takes half a minute; tested in tests/weights/test_export.py
         case ["python", "train.py", *rest]:
