@@ -16,6 +16,7 @@ LAYERS = (
     {"weights", "training"},
     {"pretraining", "inference"},
     {"analysis"},
+    {"serving"},
     {"cli"},
     {"train", "pretrain", "convert_weights"},
 )

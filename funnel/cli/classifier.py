@@ -19,6 +19,11 @@ AnyPredictor = TypeVar("AnyPredictor", bound="Predictor")
 def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that `load_classifier` reads."""
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder or checkpoint folder")
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say where a model runs."""
     # The choices repeat those of funnel.training.device, which imports PyTorch.
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="device (default: the fastest available)")
     parser.add_argument(

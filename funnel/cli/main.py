@@ -6,6 +6,7 @@ funnel predict RUN "a gorgeous , witty film"         # labels and probabilities 
 funnel evaluate RUN FILE                             # metrics, confusions and largest errors on a labeled file
 funnel submit RUN --data DIR --out DIR               # submission files for the GLUE server
 funnel explain RUN "a gorgeous , witty film"         # how much each token contributes to the prediction
+funnel serve RUN [RUN ...]                           # HTTP server with a web page and a JSON API
 funnel report RUN [RUN ...]                          # HTML page and Markdown table of runs
 funnel card RUN                                      # model card, for sharing a model
 funnel convert SOURCE OUT                            # convert a checkpoint to another format
@@ -23,11 +24,14 @@ from funnel.cli.explain import add_explain
 from funnel.cli.layout import add_layout
 from funnel.cli.predict import add_predict
 from funnel.cli.report import add_report
+from funnel.cli.serve import add_serve
 from funnel.cli.submit import add_submit
 from funnel.cli.sweep import add_sweep
 
 # Each module imports PyTorch and the library only when its command runs, to keep `--help` and usage errors fast.
-COMMANDS = (add_layout, add_sweep, add_predict, add_evaluate, add_submit, add_explain, add_report, add_card, add_convert)
+COMMANDS = (
+    add_layout, add_sweep, add_predict, add_evaluate, add_submit, add_explain, add_serve, add_report, add_card, add_convert
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from funnel.cli.common import check_output, run_command
 from funnel.cli.main import main
 from funnel.errors import FunnelError
 
-COMMANDS = ["layout", "sweep", "predict", "evaluate", "submit", "explain", "report", "card", "convert"]
+COMMANDS = ["layout", "sweep", "predict", "evaluate", "submit", "explain", "serve", "report", "card", "convert"]
 
 
 def run_funnel(*arguments: str) -> subprocess.CompletedProcess:

@@ -1,7 +1,8 @@
 """Tests README and docs: their commands and Python blocks run, and the files they name exist.
 
 Fenced commands run in order, in a folder with the files they need: tiny weights and a few rows of data. Benchmarks, pytest and
-multi-node commands are only parsed; .ci/run runs the two installation commands.
+multi-node commands are only parsed, as is `funnel serve`, but curl's requests are sent to its application; .ci/run runs the two
+installation commands.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,8 +174,8 @@ def execute(command: str, home: Path, monkeypatch) -> None:
             pass  # test_every_pytest_selection_names_tests_that_exist
         case ["funnel", "convert", *_] if "--push-to-hub" in words:
             check_flags(command)  # tested in tests/weights/test_hub.py
-        case ["mkdocs", *_] | ["funnel", "serve", *_]:
-            pass  # servers; tests/end_to_end/test_site.py builds the site
+        case ["mkdocs", *_]:
+            pass  # tests/end_to_end/test_site.py builds the site
         case [*_, "--to", "onnx"]:
             pass  # takes half a minute; tested in tests/weights/test_export.py
         case ["python", "train.py", *rest]:
@@ -185,6 +187,10 @@ def execute(command: str, home: Path, monkeypatch) -> None:
             assert exit_status(pretrain.main, [*rest, *(word for pair in shortened.items() for word in pair)]) == 0
         case ["python", "convert_weights.py", *rest]:
             assert exit_status(convert_weights.main, rest) == 0
+        case ["funnel", "serve", *rest]:
+            assert cli._parse(["serve", *rest]).work.__name__ == "serve"
+        case ["curl", *rest]:
+            send_request(rest)
         case ["funnel", *rest] | ["python", "-m", "funnel", *rest]:
             assert exit_status(cli.main, rest) == 0
         case ["python", "-m", module, *rest] if module.startswith("benchmarks."):
@@ -205,6 +211,41 @@ def execute(command: str, home: Path, monkeypatch) -> None:
             assert done.returncode == 0, done.stderr[-2000:]
         case _:
             pytest.fail(f"this test cannot run the command: {command}")
+
+
+SERVED: dict[str, Any] = {}  # the service, and the id of the file that was uploaded last
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_service():
+    yield
+    if "service" in SERVED:
+        SERVED["service"].close()
+
+
+def send_request(arguments: list[str]) -> None:
+    """Sends curl's request to the application that serves runs/NAME."""
+    testclient = pytest.importorskip("fastapi.testclient", reason="needs the extra serve")
+    from funnel.serving.app import create_app
+    from funnel.serving.engines import load_models
+    from funnel.serving.service import Service
+    from funnel.serving.settings import Settings
+
+    parser = argparse.ArgumentParser()
+    for flags in (["-H"], ["--data-binary", "-d"], ["-X"]):
+        parser.add_argument(*flags, action="append", default=[])
+    parser.add_argument("url")
+    parsed = parser.parse_args(arguments)
+    headers = dict(header.split(": ", 1) for header in parsed.H)
+    content = b"".join(Path(part[1:]).read_bytes() if part[0] == "@" else part.encode() for part in parsed.data_binary)
+    if "service" not in SERVED:
+        SERVED["service"] = Service(load_models([Path("runs/NAME")], "cpu"), Settings())
+        SERVED["service"].start()
+    client = testclient.TestClient(create_app(SERVED["service"]))  # without its lifespan: uploads are kept between commands
+    url = parsed.url.replace("http://127.0.0.1:8000", "").replace("/ID", f"/{SERVED.get('id')}")
+    response = client.request((parsed.X or ["POST" if parsed.data_binary else "GET"])[0], url, headers=headers, content=content)
+    assert response.is_success, (arguments, response.text)
+    SERVED["id"] = response.json()["id"] if response.status_code == 202 else SERVED.get("id")
 
 
 @pytest.mark.slow

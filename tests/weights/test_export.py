@@ -23,6 +23,7 @@ from funnel.model.heads import (
     FunnelForSequenceClassification,
     FunnelForTokenClassification,
 )
+from funnel.serving.engines import OnnxClassifier
 from funnel.weights.export import INPUTS, export_onnx, export_torch, max_length
 
 BATCHES = [([1], 1), ([2], 2), ([5, 3], 5), ([8, 2, 8], 8), ([16, 9], 16), ([17], 17), ([30, 64, 1, 50], 65), ([130], 130)]
@@ -153,6 +154,8 @@ def test_documented_code_for_onnx_reproduces_our_logits(classifier, tmp_path, mo
     assert (config["inputs"], config["model_max_length"], config["text_columns"]) == (list(INPUTS), 9, ["first", "second"])
     assert not {"label_mean", "label_std"} & config.keys()
     predict_logits = run_documented_code("import onnxruntime", monkeypatch, tmp_path)
+    served = OnnxClassifier(tmp_path / "out/onnx")
+    torch.testing.assert_close(served.logits(TEXTS, TEXTS[::-1]), classifier.logits(TEXTS, TEXTS[::-1]), rtol=1e-6, atol=1e-4)
     for texts, pairs in ((TEXTS, None), (TEXTS, TEXTS[::-1])):
         logits = torch.from_numpy(predict_logits(texts if pairs is None else list(zip(texts, pairs, strict=True))))
         torch.testing.assert_close(logits, classifier.logits(texts, pairs), rtol=1e-6, atol=1e-5)
