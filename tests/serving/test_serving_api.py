@@ -500,8 +500,8 @@ def test_file_shows_its_progress_and_can_be_cancelled(roomy):
     for id in (running, queued):
         assert roomy.delete(f"/v1/files/{id}").status_code == 204
         assert roomy.get(f"/v1/files/{id}").status_code == 404
-    gate.open()
     wait_until(lambda: not list(service.files._folder.iterdir()))
+    gate.open()
     assert sum(gate.calls) <= 2 * 64
 
 

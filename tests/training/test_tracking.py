@@ -96,7 +96,10 @@ def test_tensorboard_shows_the_hyperparameters(tmp_path):
 def test_a_resumed_run_has_each_point_once_and_no_stale_ones(was_tracked, tmp_path):
     """Whether or not it had the tracker before. Killed at step 30, after the evaluation at 20, with the checkpoint of 20."""
     pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
-    log_steps(start(tmp_path / "run", tensorboard=was_tracked), 10, 20, 30, loss=5.0)  # never closed
+    killed = start(tmp_path / "run", tensorboard=was_tracked)
+    log_steps(killed, 10, 20, 30, loss=5.0)
+    for tracker in killed.trackers:
+        tracker.writer.flush()  # never closed; its thread must not write after the resumed run has replaced the file
     run = start(tmp_path / "run", resume_at=(20, 0), tensorboard=True)
     run.log(step=20, split="dev", loss=3.0, accuracy=0.25)
     log_steps(run, 30, 40)
