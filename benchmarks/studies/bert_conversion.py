@@ -1,6 +1,7 @@
 """What pooling costs a BERT before training: compares the final [CLS] state of layouts with the original's on real texts.
 
     python -m benchmarks.studies.bert_conversion --data GLUE --source MINILM
+    python -m benchmarks.studies.bert_conversion --data GLUE --source MINILM --models runs/distilled     # after distillation
 
 Prints three Markdown tables.
 
@@ -100,7 +101,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder per task, such as CoLA and SST-2")
     parser.add_argument("--source", type=Path, required=True, help="folder of a BERT-like model in transformers' format")
     parser.add_argument("--tasks", nargs="+", default=["cola", "sst2", "stsb", "rte"])
-    parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
+    parser.add_argument("--layouts", nargs="*", default=LAYOUTS)
+    parser.add_argument("--models", nargs="*", default=[], metavar="FOLDER", help="models that were trained from the source")
     parser.add_argument("--texts", type=int, default=256, help="number of dev texts per task (default: %(default)s)")
     args = parser.parse_args()
     tokenizer = FunnelTokenizer.load(args.source)
@@ -118,14 +120,15 @@ def main() -> None:
     header = f"| layout | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|"
     print(header)
     order_rows, token_rows = [], []
-    for blocks in args.layouts:
-        model = FunnelBaseModel.from_pretrained(args.source, blocks=blocks)
-        pairs = [(cls_states(batches[name], model), bert_states[name]) for name in args.tasks]
-        print(f"| {blocks} | {' | '.join(distance(*pair) for pair in pairs)} |", flush=True)
-        order_rows.append(f"| {blocks} | {' | '.join(order_effect(*pair) for pair in pairs)} |")
-        with_upsampling = FunnelModel.from_pretrained(args.source, blocks=blocks)
-        cells = [token_similarity(token_states(batches[name], with_upsampling), bert_tokens[name]) for name in args.tasks]
-        token_rows.append(f"| {blocks} | {' | '.join(cells)} |")
+    rows = [(blocks, args.source, blocks) for blocks in args.layouts] + [(Path(path).name, path, None) for path in args.models]
+    for name, folder, blocks in rows:
+        model = FunnelBaseModel.from_pretrained(folder, blocks=blocks)
+        pairs = [(cls_states(batches[task], model), bert_states[task]) for task in args.tasks]
+        print(f"| {name} | {' | '.join(distance(*pair) for pair in pairs)} |", flush=True)
+        order_rows.append(f"| {name} | {' | '.join(order_effect(*pair) for pair in pairs)} |")
+        with_upsampling = FunnelModel.from_pretrained(folder, blocks=blocks)
+        cells = [token_similarity(token_states(batches[task], with_upsampling), bert_tokens[task]) for task in args.tasks]
+        token_rows.append(f"| {name} | {' | '.join(cells)} |")
     print("", header, *order_rows, "", header, *token_rows, sep="\n")
 
 

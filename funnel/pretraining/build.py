@@ -19,7 +19,7 @@ from funnel.model.flops import check_memory
 from funnel.model.heads import FunnelForMaskedLM, FunnelForPreTraining, FunnelModel, FunnelPreTrainedModel
 from funnel.options import RANDOM, option
 from funnel.pretraining.batches import SequenceFormat
-from funnel.pretraining.distill import STATES, Distillation, DistillTerms
+from funnel.pretraining.distill import STATES, Distillation
 from funnel.pretraining.electra import GENERATOR, Electra
 from funnel.pretraining.mlm import MaskedLanguageModel
 from funnel.pretraining.objective import Objective
@@ -236,8 +236,7 @@ def build_objective(args: ModelArgs, built: PretrainModel, format: SequenceForma
     ids = token_map(built.tokenizer, tokenizer)
     teacher = FunnelModel(source.config)
     load_weights(teacher, source.weights, str(args.teacher))
-    terms = DistillTerms(states=args.states)
-    return Distillation(cast(FunnelModel, built.model), teacher, ids, terms)
+    return Distillation(cast(FunnelModel, built.model), teacher, ids, args.states)
 
 
 def load_teacher(name: str) -> Source:

@@ -1,21 +1,20 @@
 """Distillation: a student of any layout learns to reproduce the hidden states of a teacher.
 
-Three options for which states to compare; [CLS] is always a separate term of the loss:
+The loss is the cosine distance of the states, averaged over tokens, plus `CLS_WEIGHT` times that of [CLS]. Three options for
+which states are compared:
 
     decoder   the decoder's states with the teacher's last states, at full length
     pooled    the last block's states with the teacher's last states, pooled as often as the student pools: what a classifier
               reads; the decoder is not trained
     blocks    every block's last states with those of the teacher's layer at the same relative depth, pooled; likewise
 
-Optionally, the relations between the queries, keys and values of one layer at full length (MiniLM v2, arXiv 2012.15828).
+docs/pretraining.md compares them, and with two other losses that were worse.
 
-Shapes: b examples, l tokens, p positions of a block, d = d_model, n = width of queries, keys and values.
+Shapes: b examples, l tokens, p positions of a block, d = d_model.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,38 +31,8 @@ from funnel.pretraining.objective import Objective
 from funnel.training.teacher import FrozenModel
 
 STATES = ("decoder", "pooled", "blocks")
-DISTANCES = ("cosine", "mse")
-RELATIONS = ("qq", "kk", "vv", "qk")
+CLS_WEIGHT = 5.0
 PROJECTIONS = "projections.safetensors"
-
-
-@dataclass(frozen=True)
-class DistillTerms:
-    """The terms of the loss: states + cls_weight * cls + relations_weight * relations.
-
-    Attributes:
-        states: which states are compared, one of `STATES`.
-        distance: 1 - cosine ("cosine"), or the squared error in units of the variance of the teacher's features ("mse").
-        cls_weight: weight of the distance at [CLS]; that of the other tokens, on average, is 1.
-        relations: which relations are compared, of `RELATIONS`; MiniLM v2 uses the first three.
-        relations_weight: weight of their sum.
-
-    Raises:
-        FunnelError: an unknown choice.
-    """
-
-    states: str = "decoder"
-    distance: str = "cosine"
-    cls_weight: float = 5.0
-    relations: tuple[str, ...] = ()
-    relations_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        choices = {"states": STATES, "distance": DISTANCES}
-        pairs = [(name, getattr(self, name), allowed) for name, allowed in choices.items()]
-        for name, value, allowed in [*pairs, *(("relations", value, RELATIONS) for value in self.relations)]:
-            if value not in allowed:
-                raise FunnelError(f"unknown {name} {value!r}; choose from {', '.join(allowed)}", name)
 
 
 class Match(NamedTuple):
@@ -101,24 +70,27 @@ class Distillation(Objective):
         teacher: any model; evaluated under the same autocast. If the widths differ, a learned linear layer projects the
             student's states to the teacher's width.
         token_map: from `funnel.data.token_map.token_map`, if the tokenizers differ.
-        terms: of the loss.
+        states: which states are compared, one of `STATES`.
 
     Raises:
-        FunnelError: the teacher does not have the states that the terms need.
+        FunnelError: unknown states, or the teacher does not have them.
     """
+
+    names = ("loss", "states", "cls")
 
     def __init__(
         self,
         student: FunnelModel,
         teacher: FunnelPreTrainedModel,
         token_map: Tensor | None = None,
-        terms: DistillTerms | None = None,
+        states: str = STATES[0],
     ) -> None:
         super().__init__(student)
-        self.terms = terms = terms or DistillTerms()
-        self.names = ("loss", "states", "cls", *(["relations"] if terms.relations else []))
-        self.matches = find_matches(student.config, teacher, terms.states)
-        if terms.states != "decoder":
+        if states not in STATES:
+            raise FunnelError(f"unknown states {states!r}; choose from {', '.join(STATES)}", "states")
+        self.with_decoder = states == "decoder"
+        self.matches = find_matches(student.config, teacher, states)
+        if not self.with_decoder:
             student.decoder.requires_grad_(False)
         widths = student.config.d_model, teacher.config.d_model
         count = len(self.matches) if widths[0] != widths[1] else 0
@@ -143,14 +115,10 @@ class Distillation(Objective):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, token_weights: Tensor, **_unused: Tensor
     ) -> Tensor:
-        terms, inputs, mask = self.terms, (input_ids, attention_mask, token_type_ids), attention_mask != 0
-        with_decoder = terms.states == "decoder"
-        student, teacher = hidden_states(self.model, inputs, with_decoder), self.teacher(inputs, with_decoder)
+        inputs, mask = (input_ids, attention_mask, token_type_ids), attention_mask != 0
+        student, teacher = hidden_states(self.model, inputs, self.with_decoder), self.teacher(inputs, self.with_decoder)
         states, cls = self._compare_states(student, teacher, mask, token_weights)
-        if not terms.relations:
-            return torch.stack([states + terms.cls_weight * cls, states, cls])
-        relations = self._compare_relations(student, teacher, mask, token_weights)
-        return torch.stack([states + terms.cls_weight * cls + terms.relations_weight * relations, states, cls, relations])
+        return torch.stack([states + CLS_WEIGHT * cls, states, cls])
 
     def _compare_states(
         self, student: list[Tensor], teacher: list[Tensor], mask: Tensor, weights: Tensor
@@ -167,22 +135,10 @@ class Distillation(Objective):
             state = student[match.student]
             if self.projections:
                 state = self.projections[index](state)
-            distances = state_distance(state.float(), target.float(), self.terms.distance)  # [b, p]
+            distances = 1 - F.cosine_similarity(state.float(), target.float(), dim=-1)  # [b, p]
             states = states + (distances[:, 1:] * levels[match.block][1][:, 1:]).sum() / len(self.matches)
             cls = cls + (distances[:, 0] * share).sum() / len(self.matches)
         return states, cls
-
-    def _compare_relations(self, student: list[Tensor], teacher: list[Tensor], mask: Tensor, weights: Tensor) -> Tensor:
-        """The sum of the divergences of all relations."""
-        config, teacher_model = self.model.config, self.teacher.model
-        n_heads = math.gcd(teacher_model.config.n_head, config.n_head * config.d_head)
-        projected, expected = queries_keys_values(self.model, student), queries_keys_values(teacher_model, teacher)
-        total = torch.zeros((), device=mask.device)
-        for pair in self.terms.relations:
-            x, y = ("qkv".index(letter) for letter in pair)
-            log_probs = relation(projected[x], projected[y], mask, n_heads)
-            total = total + relation_divergence(log_probs, relation(expected[x], expected[y], mask, n_heads), weights)
-        return total
 
     def _pool_weights(self, mask: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each block, the mask and the weights of its positions, [b, p] each: the sums of their tokens' weights."""
@@ -261,44 +217,3 @@ def find_matches(student: FunnelConfig, teacher: FunnelPreTrainedModel, states: 
                 "states",
             )
     return matches
-
-
-def state_distance(student: Tensor, teacher: Tensor, distance: str) -> Tensor:
-    """The distance of states, [b, p, d] each -> [b, p]."""
-    if distance == "cosine":
-        return 1 - F.cosine_similarity(student, teacher, dim=-1)
-    variance = teacher.var(-1, correction=0).clamp(min=1e-6)
-    return (student - teacher).square().mean(-1) / variance
-
-
-def queries_keys_values(model: FunnelPreTrainedModel, states: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The queries, keys and values of the last layer at full length, that of block 0: [b, l, n] each.
-
-    They are computed a second time, from the layer's input: unlike hooks, this also works if the layer is compiled.
-    """
-    attention = model.encoder.layers(0)[-1].attention
-    hidden = states[model.config.blocks[0].runs - 1]  # the output of the preceding run
-    return attention.q_head(hidden), attention.k_head(hidden), attention.v_head(hidden)
-
-
-def relation(x: Tensor, y: Tensor, mask: Tensor, n_heads: int) -> Tensor:
-    """Logarithms of the softmax of scaled dot products, [b, l, n] twice -> [b, h, l, l] (MiniLM v2, equations 5 to 7).
-
-    Args:
-        mask: [b, l], true where a token is real.
-        n_heads: number of relation heads, into which the width is split again.
-    """
-    x, y = (tensor.unflatten(-1, (n_heads, -1)).transpose(1, 2) for tensor in (x, y))  # [b, h, l, n / h]
-    scores = (x @ y.transpose(-1, -2)).float() / math.sqrt(x.shape[-1])
-    return scores.masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min).log_softmax(-1)
-
-
-def relation_divergence(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """The weighted mean of KL(teacher || student) over tokens and heads (MiniLM v2, equation 4).
-
-    Args:
-        student, teacher: [b, h, l, l], logarithms of probabilities.
-        weights: [b, l], of the queries.
-    """
-    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean(1)  # [b, l]
-    return (divergence * weights).sum()

@@ -10,10 +10,9 @@ from conftest import ABSOLUTE, padded_batch, tiny_config
 from funnel.errors import FunnelError
 from funnel.model.compilation import compile_regions
 from funnel.model.heads import FunnelBaseModel, FunnelModel
-from funnel.pretraining.distill import PROJECTIONS, Distillation, DistillTerms
+from funnel.pretraining.distill import PROJECTIONS, STATES, Distillation
 
 LENGTHS = [13, 4, 9, 1, 2]
-ALL = ("qq", "kk", "vv", "qk")
 
 
 def make_teacher(**changes):
@@ -33,8 +32,8 @@ def make_inputs(padding=0):
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "token_weights": mask.double() / sum(LENGTHS)}
 
 
-def distill(student=None, teacher=None, **terms):
-    return Distillation(student or make_student(), teacher or make_teacher(), None, DistillTerms(**terms)).double()
+def distill(student=None, teacher=None, states="decoder"):
+    return Distillation(student or make_student(), teacher or make_teacher(), None, states).double()
 
 
 def assert_close(actual, expected):
@@ -61,20 +60,18 @@ def halve(states):
     return np.concatenate([states[:1], pairs.reshape(-1, 2, states.shape[1]).mean(1)])
 
 
-def numpy_distance(student, teacher, distance):
-    if distance == "mse":
-        return ((student - teacher) ** 2).mean(1) / teacher.var(1)
+def numpy_distance(student, teacher):
     return 1 - (student * teacher).sum(1) / np.linalg.norm(student, axis=1) / np.linalg.norm(teacher, axis=1)
 
 
-def expected_states(inputs, pairs_of, distance="cosine"):
+def expected_states(inputs, pairs_of):
     """The values, where `pairs_of` returns the student's and the teacher's states, [p, d], and the tokens per position."""
     states = cls = 0.0
     total = inputs["attention_mask"].sum().item()
     for text in single_texts(inputs):
         pairs = pairs_of(*text)
         for student, teacher, window in pairs:
-            distances = numpy_distance(student[: len(teacher)], teacher, distance)
+            distances = numpy_distance(student[: len(teacher)], teacher)
             states += distances[1:].sum() * window / total / len(pairs)
             cls += distances[0] * text[0].shape[1] / total / len(pairs)
     return {"states": states, "cls": cls, "loss": states + 5 * cls}
@@ -90,11 +87,10 @@ def output(model, *inputs):
     return model.eval()(*inputs)[0].numpy()
 
 
-@pytest.mark.parametrize("distance", ["cosine", "mse"])
-def test_decoder_states_are_compared_with_the_teachers_last_states(distance):
+def test_decoder_states_are_compared_with_the_teachers_last_states():
     student, teacher, inputs = make_student(), make_teacher(), make_inputs()
-    expected = expected_states(inputs, lambda *text: [(output(student, *text), output(teacher, *text), 1)], distance)
-    assert values_of(distill(student, teacher, distance=distance), inputs) == pytest.approx(expected, rel=1e-5)
+    expected = expected_states(inputs, lambda *text: [(output(student, *text), output(teacher, *text), 1)])
+    assert values_of(distill(student, teacher), inputs) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_last_block_is_compared_with_pooled_states_of_the_teacher():
@@ -134,65 +130,27 @@ def test_a_teacher_that_pools_is_pooled_further():
     )
 
 
-def heads_of(x, n_heads):
-    return x.reshape(len(x), n_heads, -1).transpose(1, 0, 2)  # [h, l, n / h]
-
-
-def numpy_relation(x, y):
-    scores = x @ y.transpose(0, 2, 1) / np.sqrt(x.shape[2])
-    probs = np.exp(scores - scores.max(2, keepdims=True))
-    return probs / probs.sum(2, keepdims=True)
-
-
-@torch.no_grad()
-def numpy_projections(model, layer, *text):
-    """q, k and v of a layer, from its parameters and its input."""
-    attention, hidden = model.encoder.layers(0)[-1].attention, encoder_states(model, *text)[layer]
-    results = []
-    for head in (attention.q_head, attention.k_head, attention.v_head):
-        bias = 0 if head.bias is None else head.bias.numpy()
-        results.append(hidden @ head.weight.numpy().T + bias)
-    return results
-
-
-@pytest.mark.parametrize("relations", [("qq", "kk", "vv"), ("qk",)])
-@pytest.mark.parametrize("teacher_changes", [{}, {"d_model": 24, "n_head": 6, "d_head": 4}])
-def test_relations_are_divergences_of_softmaxes_of_scaled_products(relations, teacher_changes):
-    student, teacher, inputs = make_student(), make_teacher(**teacher_changes), make_inputs()
-    n_heads, expected = 2, 0.0  # gcd of 16, the student's width, and the teacher's heads (2 or 6)
-    for text in single_texts(inputs):
-        ours, theirs = numpy_projections(student, 1, *text), numpy_projections(teacher, 3, *text)
-        for first, second in (("qkv".index(x), "qkv".index(y)) for x, y in relations):
-            p, q = (numpy_relation(heads_of(x[first], n_heads), heads_of(x[second], n_heads)) for x in (theirs, ours))
-            expected += (p * np.log(p / q)).sum(2).mean(0).sum() / sum(LENGTHS)
-    values = values_of(distill(student, teacher, relations=relations, relations_weight=3.0), inputs)
-    assert values["relations"] == pytest.approx(expected, rel=1e-5)
-    assert values["loss"] == pytest.approx(values["states"] + 5 * values["cls"] + 3 * values["relations"])
-
-
 # --- properties -------------------------------------------------------------------------------------------------------
-
-KINDS = [{"states": "decoder"}, {"states": "pooled"}, {"states": "blocks"}, {"distance": "mse"}, {"relations": ALL}]
 
 
 @pytest.mark.parametrize("make", [make_teacher, make_student])  # a BERT; a Funnel with a decoder
-@pytest.mark.parametrize("terms", KINDS)
-def test_a_student_that_is_the_teacher_has_no_loss(terms, make):
+@pytest.mark.parametrize("states", STATES)
+def test_a_student_that_is_the_teacher_has_no_loss(states, make):
     teacher = make()
-    objective = distill(copy.deepcopy(teacher).eval(), teacher, **terms)
+    objective = distill(copy.deepcopy(teacher).eval(), teacher, states)
     assert values_of(objective) == pytest.approx(dict.fromkeys(objective.names, 0.0), abs=1e-5)
 
 
 @pytest.mark.parametrize("truncate_seq", [True, False])
-@pytest.mark.parametrize("terms", KINDS)
-def test_padding_does_not_change_the_loss(terms, truncate_seq):
-    objective = distill(make_student(truncate_seq=truncate_seq), **terms)
+@pytest.mark.parametrize("states", STATES)
+def test_padding_does_not_change_the_loss(states, truncate_seq):
+    objective = distill(make_student(truncate_seq=truncate_seq), states=states)
     assert_close(objective(**make_inputs(padding=9)), objective(**make_inputs()))
 
 
-@pytest.mark.parametrize("terms", KINDS)
-def test_micro_batches_add_up(terms):
-    objective, inputs = distill(**terms), make_inputs()
+@pytest.mark.parametrize("states", STATES)
+def test_micro_batches_add_up(states):
+    objective, inputs = distill(states=states), make_inputs()
     parts = [{name: tensor[rows] for name, tensor in inputs.items()} for rows in (slice(0, 2), slice(2, 5))]
     assert_close(sum(objective(**part) for part in parts), objective(**inputs))
 
@@ -200,12 +158,12 @@ def test_micro_batches_add_up(terms):
 def test_a_rank_without_texts_has_no_loss():
     inputs = make_inputs()
     inputs["token_weights"] = torch.zeros_like(inputs["token_weights"])
-    assert distill(relations=ALL)(**inputs).abs().max() == 0
+    assert distill()(**inputs).abs().max() == 0
 
 
-@pytest.mark.parametrize("terms", KINDS)
-def test_the_loss_falls_on_a_single_batch(terms):
-    objective, inputs = distill(teacher=make_teacher(d_model=24), **terms), make_inputs()
+@pytest.mark.parametrize("states", STATES)
+def test_the_loss_falls_on_a_single_batch(states):
+    objective, inputs = distill(teacher=make_teacher(d_model=24), states=states), make_inputs()
     optimizer = torch.optim.Adam(objective.parameters(), lr=3e-3)
     losses = []
     for _ in range(30):
@@ -218,18 +176,18 @@ def test_the_loss_falls_on_a_single_batch(terms):
     assert (losses[-1] < losses[0]).all()  # every term
 
 
-@pytest.mark.parametrize("terms", KINDS)
-def test_all_parameters_that_are_trained_get_a_gradient(terms):
-    objective = distill(teacher=make_teacher(d_model=24), **terms)
+@pytest.mark.parametrize("states", STATES)
+def test_all_parameters_that_are_trained_get_a_gradient(states):
+    objective = distill(teacher=make_teacher(d_model=24), states=states)
     objective(**make_inputs())[0].backward()
     without = {name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None}
     assert without == set()
     is_frozen = {name.startswith("model.decoder") for name, p in objective.named_parameters() if not p.requires_grad}
-    assert is_frozen == (set() if objective.terms.states == "decoder" else {True})
+    assert is_frozen == (set() if states == "decoder" else {True})
 
 
 def test_a_compiled_student_has_the_same_loss(compile_with):
-    objective = distill(make_student(blocks="2,1"), make_teacher(blocks="1"), relations=("qq",)).train()
+    objective = distill(make_student(blocks="2,1"), make_teacher(blocks="1")).train()
     expected = objective(**make_inputs())
     compile_with("eager")
     compile_regions(objective)
@@ -306,17 +264,9 @@ def test_projections_that_do_not_match_are_an_error(tmp_path):
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("terms", "message"),
-    [
-        ({"states": "all"}, "unknown states 'all'; choose from decoder, pooled, blocks"),
-        ({"distance": "l1"}, "unknown distance 'l1'"),
-        ({"relations": ("qq", "qx")}, "unknown relations 'qx'"),
-    ],
-)
-def test_unknown_terms_are_an_error(terms, message):
-    with pytest.raises(FunnelError, match=message):
-        DistillTerms(**terms)
+def test_unknown_states_are_an_error():
+    with pytest.raises(FunnelError, match="unknown states 'all'; choose from decoder, pooled, blocks"):
+        distill(states="all")
 
 
 @pytest.mark.parametrize(
