@@ -9,11 +9,14 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from funnel.analysis.figures import plot_comparison, plot_loss, plot_metrics, plot_regression
-from funnel.analysis.runs import Run, count_repetitions, group_by_settings, is_percentage, to_number
+from funnel.analysis.figures import plot_calibration, plot_comparison, plot_loss, plot_metrics, plot_regression
+from funnel.analysis.heat_map import MAX_CLASSES, MAX_ORDERED_CLASSES, draw_heat_map
+from funnel.analysis.learning_curves import plot_learning_curves
+from funnel.analysis.runs import Run, count_repetitions, group_by_settings, is_percentage, to_number, worst_classes
 from funnel.errors import FunnelError, error_reason, plural
 
-MAX_MATRIX_CLASSES = 12  # above this, the page lists the most frequent confusions instead of the matrix
+MAX_MATRIX_CLASSES = 12  # above this, the confusion matrix is a heat map instead of a table
+MAX_WORST_CLASSES = 10  # with more classes than in a matrix, the ones that are not behind "all classes"
 MAX_RUN_NAMES = 3
 COLUMNS = (
     "task", "layout", "new layers", "lr", "epochs", "seeds", "final dev score, %", "best dev score, %", "training, min",
@@ -91,13 +94,20 @@ def render_page(runs: Sequence[Run]) -> str:
             columns=COLUMNS,
             rows=[table_row(group) for group in groups],
             comparison=plot_comparison(groups),
+            learning_curves=plot_learning_curves(groups),
             plot_loss=plot_loss,
             plot_metrics=plot_metrics,
             plot_regression=plot_regression,
+            plot_calibration=plot_calibration,
+            draw_heat_map=draw_heat_map,
+            worst_classes=worst_classes,
             max_matrix_classes=MAX_MATRIX_CLASSES,
+            max_heat_map_classes=MAX_CLASSES,
+            max_ordered_classes=MAX_ORDERED_CLASSES,
+            max_worst_classes=MAX_WORST_CLASSES,
             short_command=short_command,
         )
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, jinja2.UndefinedError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, jinja2.UndefinedError) as error:
         raise FunnelError(f"a run's files are damaged or from another version ({error_reason(error)})") from None
 
 

@@ -133,13 +133,18 @@ class Run:
         return count_parameters(self.config)
 
     @property
+    def lacks_calibration(self) -> bool:
+        """Whether an earlier version wrote the error analysis of a classifier, without calibration."""
+        return "calibration" not in self.evaluation and not {"classes", "labels"}.isdisjoint(self.evaluation)
+
+    @property
     def confusions(self) -> list[tuple[int, str, str]]:
         """The most frequent kinds of errors: count, label, prediction."""
         return top_confusions(self.evaluation)
 
     def summary(self) -> list[tuple[str, str]]:
         """The run's main figures: description and formatted value."""
-        metric, best = self.metrics[0], self.best
+        metric, best, calibration = self.metrics[0], self.best, self.evaluation.get("calibration")
         figures = [(f"final dev {with_unit(name)}", format_score(name, self.final.get(name))) for name in self.metrics]
         figures += [
             (f"best dev {with_unit(metric)} (step {best['step']:,})", format_score(metric, best.get(metric))),
@@ -148,6 +153,8 @@ class Run:
             (f"FLOPs of a forward pass ({plural(self.length, 'token')})", f"{self.flops / 1e6:.3g} M"),
             ("of the FLOPs without pooling", f"{self.flops_ratio:.0%}"),
         ]
+        if calibration is not None:
+            figures.insert(-4, ("expected calibration error (dev), %", f"{100 * calibration['ece']:.1f}"))
         if math.isfinite(self.peak_memory):
             figures.append(("peak memory", f"{self.peak_memory / 1024:.1f} GiB"))
         return figures
@@ -159,6 +166,12 @@ def top_confusions(evaluation: Mapping[str, Any]) -> list[tuple[int, str, str]]:
     pairs = itertools.permutations(range(len(labels)), 2)
     confusions = [(matrix[i][j], labels[i], labels[j]) for i, j in pairs if matrix[i][j]]
     return sorted(confusions, key=lambda confusion: -confusion[0])[:MAX_CONFUSIONS]
+
+
+def worst_classes(evaluation: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The classes in an error analysis with the lowest F1, of those with examples; among equals, those with most examples."""
+    present = [row for row in evaluation["classes"] if row["examples"]]
+    return sorted(present, key=lambda row: (row["f1"], -row["examples"]))[:count]
 
 
 def to_number(value: Any) -> float:

@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ MAX_WIDTH = 80  # characters of a line
 MAX_LABEL_LENGTH = 24  # characters of a label in a table
 MAX_HEADING_LENGTH = 12  # characters of a label above a column of the confusion matrix
 MAX_ERRORS = 10
+MAX_CLASSES = 20  # above this, only some are printed:
+N_WORST_CLASSES = 10
 
 
 def add_evaluate(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None:
@@ -26,8 +28,9 @@ def add_evaluate(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> No
     parser = subparsers.add_parser(
         "evaluate",
         help="metrics, confusions and largest errors on a labeled file",
-        description="Predicts the texts of a labeled file and prints the metrics, precision, recall and F1 of each class, the\n"
-        "confusion matrix, and the errors with the highest loss; for scores, the metrics and the largest errors.",
+        description="Predicts the texts of a labeled file and prints the metrics, precision, recall and F1 of each class (of\n"
+        "many classes, the worst ones), the expected calibration error, the confusion matrix, and the errors with the\n"
+        "highest loss; for scores, the metrics and the largest errors.",
     )
     add_classifier_arguments(parser)
     add_ensemble(parser)
@@ -105,20 +108,35 @@ def format_evaluation(name: str, scores: Mapping[str, float], errors: Mapping[st
     parts = [f"{name}: {plural(errors['examples'], 'example')}", format_scores(scores)]
     sections = [", ".join(parts)]
     if "classes" in errors:
-        sections.append(_format_classes(errors["classes"]))
+        sections.append(_format_classes(errors))
+    if "calibration" in errors:
+        sections.append(_format_calibration(errors))
     if "confusion" in errors:
         sections.append(_format_confusion(errors))
     sections.append(_format_errors(errors))
     return "\n\n".join(sections)
 
 
-def _format_classes(classes: Sequence[Mapping[str, Any]]) -> str:
-    """One line per class."""
-    rows = [["class", "precision", "recall", "f1", "examples"]]
-    for scores in classes:
+def _format_classes(errors: Mapping[str, Any]) -> str:
+    """One line per class, or the ones with the lowest F1 if there are many, and the averages over all classes."""
+    from funnel.analysis.runs import worst_classes
+
+    shown, title, n_classes = errors["classes"], "", len(errors["classes"])
+    if n_classes > MAX_CLASSES:
+        shown = worst_classes(errors, N_WORST_CLASSES)
+        title = f"classes with the lowest F1 ({len(shown)} of {n_classes:,}; --out writes all)\n"
+    rows = [["class", "precision", "recall", "f1", "support"]]
+    for scores in [*shown, *errors["averages"]]:
         figures = [f"{scores[name]:.4f}" for name in ("precision", "recall", "f1")]
         rows.append([_shorten(scores["label"], MAX_LABEL_LENGTH), *figures, f"{scores['examples']:,}"])
-    return align_columns(rows)
+    return title + align_columns(rows)
+
+
+def _format_calibration(errors: Mapping[str, Any]) -> str:
+    """The expected calibration error, and whether the model is too confident on average."""
+    ece, confidence, share = (f"{errors['calibration'][name]:.4f}" for name in ("ece", "confidence", "accuracy"))
+    name = "base rate" if errors["unit"] == "decision" else "accuracy"  # of decisions: how many are positive
+    return f"expected calibration error {ece} (mean probability {confidence}, {name} {share})"
 
 
 def _format_confusion(errors: Mapping[str, Any]) -> str:
@@ -138,7 +156,7 @@ def _format_confusion(errors: Mapping[str, Any]) -> str:
     confusions = top_confusions(errors)
     if not confusions:
         return "no confusions"
-    rows = [["label", "prediction", "examples"]]
+    rows = [["label", "prediction", f"{errors['unit']}s"]]
     rows += [
         [_shorten(label, MAX_LABEL_LENGTH), _shorten(predicted, MAX_LABEL_LENGTH), f"{n:,}"]
         for n, label, predicted in confusions

@@ -15,7 +15,7 @@ from funnel.data.tasks import Task
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.problems.base import Problem
-from funnel.problems.error_analysis import class_scores, count_confusions, list_mistakes
+from funnel.problems.error_analysis import compare_predictions, confusion_counts, count_confusions, list_mistakes, score_classes
 from funnel.problems.metrics import CLASSIFICATION, Metric, f1_of_class, macro_f1
 
 
@@ -47,10 +47,8 @@ class Classification(Problem):
         return results.argmax(1).numpy()
 
     def analyze(self, results: Tensor, dataset: Dataset, tokenizer: FunnelTokenizer) -> dict[str, Any]:
-        names, labels, predictions = self.labels, dataset.labels, self.predict(results, dataset)
-        probabilities = results.double().softmax(1).numpy()
-        losses = F.cross_entropy(results.double(), torch.from_numpy(labels).long(), reduction="none").numpy()
-        cost = np.where(predictions == labels, -np.inf, np.nan_to_num(losses, nan=np.inf))
+        names, labels = self.labels, dataset.labels
+        predictions, probabilities, cost, calibration = compare_predictions(results, labels)
         confusion = count_confusions(labels, predictions, len(names))
 
         def describe(row: int) -> dict[str, Any]:
@@ -60,8 +58,10 @@ class Classification(Problem):
 
         return {
             "examples": len(dataset),
+            "unit": dataset.unit,
             "labels": names,
             "confusion": confusion.tolist(),
-            "classes": class_scores(names, confusion.diagonal(), confusion.sum(1), confusion.sum(0)),
+            **score_classes(names, confusion_counts(confusion)),
+            "calibration": calibration,
             "mistakes": list_mistakes(cost, describe, dataset, tokenizer),
         }

@@ -5,11 +5,35 @@ Predictions and labels are arrays of the same length: label ids from 0, scores, 
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Metric = Callable[[Any, Any], float]  # of predictions and labels
+
+
+class ClassCounts(NamedTuple):
+    """Numbers of labels and predictions by class, [k] each; the properties are scores of all classes together."""
+
+    correct: np.ndarray
+    actual: np.ndarray
+    predicted: np.ndarray
+
+    @property
+    def precision(self) -> float:
+        """Share of the predictions that are correct; 0 if there are none."""
+        return float(self.correct.sum() / max(1, self.predicted.sum()))
+
+    @property
+    def recall(self) -> float:
+        """Share of the labels that are predicted; 0 if there are none."""
+        return float(self.correct.sum() / max(1, self.actual.sum()))
+
+    @property
+    def f1(self) -> float:
+        """The harmonic mean of both; 0 if both are 0."""
+        return float(2 * self.correct.sum() / max(1, self.predicted.sum() + self.actual.sum()))
+
 
 LOSS = "loss"  # may be chosen like a metric, but is computed from the logits
 LOWER_IS_BETTER = frozenset({LOSS, "rmse"})

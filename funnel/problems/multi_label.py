@@ -14,8 +14,9 @@ from funnel.data.tasks import Task
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.problems.base import Problem
-from funnel.problems.error_analysis import class_scores, list_mistakes
-from funnel.problems.metrics import MULTI_LABEL, Metric
+from funnel.problems.calibration import calibrate
+from funnel.problems.error_analysis import list_mistakes, score_classes
+from funnel.problems.metrics import MULTI_LABEL, ClassCounts, Metric
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -70,6 +71,8 @@ class MultiLabel(Problem):
         targets = torch.from_numpy(dataset.labels).double()
         losses = F.binary_cross_entropy_with_logits(results.double(), targets, reduction="none").sum(1).numpy()
         cost = np.where((predictions == labels).all(1), -np.inf, np.nan_to_num(losses, nan=np.inf))
+        counts = ClassCounts((labels & predictions).sum(0), labels.sum(0), predictions.sum(0))
+        probabilities = results.double().sigmoid().numpy()
 
         def describe(row: int) -> dict[str, Any]:
             label, predicted = (
@@ -79,8 +82,10 @@ class MultiLabel(Problem):
 
         return {
             "examples": len(dataset),
+            "unit": "decision",
             "threshold": self.decision_threshold,
-            "classes": class_scores(names, (labels & predictions).sum(0), labels.sum(0), predictions.sum(0)),
+            **score_classes(names, counts, average_all=True),
+            "calibration": calibrate(probabilities.reshape(-1), labels.reshape(-1)),
             "mistakes": list_mistakes(cost, describe, dataset, tokenizer),
         }
 

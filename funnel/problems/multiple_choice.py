@@ -20,7 +20,7 @@ from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.model.heads import FunnelForMultipleChoice
 from funnel.problems.base import Problem
-from funnel.problems.error_analysis import MAX_TEXT_LENGTH, count_confusions, list_mistakes
+from funnel.problems.error_analysis import MAX_TEXT_LENGTH, compare_predictions, count_confusions, list_mistakes
 from funnel.problems.metrics import Metric, accuracy
 
 if TYPE_CHECKING:
@@ -71,11 +71,8 @@ class MultipleChoice(Problem):
         return results.argmax(1).numpy()
 
     def analyze(self, results: Tensor, dataset: Dataset, tokenizer: FunnelTokenizer) -> dict[str, Any]:
-        labels, predictions = dataset.labels, self.predict(results, dataset)
-        probabilities = results.double().softmax(1).numpy()
-        losses = F.cross_entropy(results.double(), torch.from_numpy(labels).long(), reduction="none").numpy()
-        cost = np.where(predictions == labels, -np.inf, np.nan_to_num(losses, nan=np.inf))
-        n_choices = results.shape[1]
+        labels, n_choices = dataset.labels, results.shape[1]
+        predictions, probabilities, cost, calibration = compare_predictions(results, labels)
 
         def describe(row: int) -> dict[str, Any]:
             choices = [int(labels[row]), int(predictions[row])]
@@ -89,8 +86,10 @@ class MultipleChoice(Problem):
 
         return {
             "examples": len(dataset),
+            "unit": dataset.unit,
             "labels": [choice_name(choice) for choice in range(n_choices)],
             "confusion": count_confusions(labels, predictions, n_choices).tolist(),
+            "calibration": calibration,
             "mistakes": list_mistakes(cost, describe, dataset, tokenizer),
         }
 

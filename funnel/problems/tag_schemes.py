@@ -22,6 +22,7 @@ import numpy as np
 from funnel.data.files import normalize_label
 from funnel.data.tagged import TaggedFile
 from funnel.errors import FunnelError, format_list, plural
+from funnel.problems.metrics import ClassCounts
 
 OUTSIDE = "O"
 TAG = re.compile(r"([BIES])(?:-(.+))?")
@@ -90,37 +91,14 @@ class TagTable:
         return Spans(starts, ends, types[starts])
 
 
-class SpanCounts(NamedTuple):
-    """Numbers of entities by type, [k] each."""
-
-    correct: np.ndarray
-    actual: np.ndarray
-    predicted: np.ndarray
-
-    @property
-    def precision(self) -> float:
-        """Share of the predicted entities that are correct; 0 if there are none."""
-        return float(self.correct.sum() / max(1, self.predicted.sum()))
-
-    @property
-    def recall(self) -> float:
-        """Share of the actual entities that are predicted; 0 if there are none."""
-        return float(self.correct.sum() / max(1, self.actual.sum()))
-
-    @property
-    def f1(self) -> float:
-        """The harmonic mean of both, over all types together; 0 if both are 0."""
-        return float(2 * self.correct.sum() / max(1, self.predicted.sum() + self.actual.sum()))
-
-
-def count_spans(labels: Sequence[str], predictions: TagSequence, targets: TagSequence, strict: bool = False) -> SpanCounts:
-    """Compares entities: one is correct if its first and its last word and its type are."""
+def count_spans(labels: Sequence[str], predictions: TagSequence, targets: TagSequence, strict: bool = False) -> ClassCounts:
+    """Counts entities by type. One is correct if its first and its last word and its type are."""
     table = TagTable(labels)
     predicted, actual = (table.find_spans(tags, strict) for tags in (predictions, targets))
     _, i, j = np.intersect1d(predicted.starts, actual.starts, assume_unique=True, return_indices=True)
     is_correct = (predicted.ends[i] == actual.ends[j]) & (predicted.types[i] == actual.types[j])
     correct = actual.types[j][is_correct]
-    return SpanCounts(*(np.bincount(types, minlength=len(table.types)) for types in (correct, actual.types, predicted.types)))
+    return ClassCounts(*(np.bincount(types, minlength=len(table.types)) for types in (correct, actual.types, predicted.types)))
 
 
 def split_tag(tag: str) -> tuple[str, str]:

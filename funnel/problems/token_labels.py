@@ -24,9 +24,10 @@ from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.model.heads import FunnelForTokenClassification
 from funnel.problems.base import Problem
-from funnel.problems.error_analysis import class_scores, count_confusions, list_mistakes
+from funnel.problems.calibration import calibrate
+from funnel.problems.error_analysis import confusion_counts, count_confusions, list_mistakes, score_classes
 from funnel.problems.metrics import Metric, accuracy, macro_f1
-from funnel.problems.tag_schemes import PLAIN, SpanCounts, TagSequence, TagTable, count_spans, infer_tags, mark_entities
+from funnel.problems.tag_schemes import PLAIN, TagSequence, TagTable, count_spans, infer_tags, mark_entities
 
 if TYPE_CHECKING:
     from funnel.problems.task_args import TaskArgs
@@ -110,7 +111,7 @@ class TokenLabels(Problem):
         if mark_entities(names):
             classes, counts = TagTable(names).types, count_spans(names, predictions, targets)
         else:
-            classes, counts = names, SpanCounts(confusion.diagonal(), confusion.sum(1), confusion.sum(0))
+            classes, counts = names, confusion_counts(confusion)
         wrong = np.flatnonzero(predictions.ids != words.labels)
         n_wrong = np.bincount(words.rows[wrong], minlength=len(dataset))
 
@@ -124,9 +125,11 @@ class TokenLabels(Problem):
 
         return {
             "examples": len(np.unique(words.sentences)),
+            "unit": "word",
             "labels": names,
             "confusion": confusion.tolist(),
-            "classes": class_scores(classes, counts.correct, counts.actual, counts.predicted),
+            **score_classes(classes, counts),
+            "calibration": calibrate(results[words.rows, words.columns, 2].numpy(), predictions.ids == words.labels),
             "mistakes": list_mistakes(np.where(n_wrong > 0, n_wrong, -np.inf), describe, dataset, tokenizer),
         }
 

@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import torch
 from conftest import ROOT, run_command, tiny_config
 
 from funnel.analysis import figures
+from funnel.analysis.heat_map import cluster_order, draw_heat_map
+from funnel.analysis.learning_curves import MAX_GROUPS, Quantity, mean_curve, plot_learning_curves, spread
 from funnel.analysis.report import COLUMNS, format_scores, markdown_table, render_page, short_command, table_row
 from funnel.analysis.runs import find_runs, group_by_settings, read_run
 from funnel.cli.main import main
@@ -24,6 +27,9 @@ from funnel.errors import FunnelError
 from funnel.model.checkpoint import load_config
 from funnel.model.flops import total_flops
 from funnel.model.heads import FunnelForSequenceClassification
+from funnel.problems.calibration import calibrate
+from funnel.problems.error_analysis import score_classes
+from funnel.problems.metrics import ClassCounts
 from funnel.problems.registry import problem_of
 
 pytest.importorskip("matplotlib", reason="needs the extra report")
@@ -188,7 +194,14 @@ def test_page_shows_the_scores_of_each_class(tmp_path):
     page = render_page([read_run(tmp_path / "a")])
     assert page.index("Classes (dev)") < page.index("<td>&lt;yes&gt;</td>")
     evaluation = json.loads((tmp_path / "a/best/evaluation.json").read_text())
-    del evaluation["classes"]  # as older versions wrote it
+    for name in ("averages", "calibration", "unit"):  # earlier versions wrote neither
+        del evaluation[name]
+    (tmp_path / "a/best/evaluation.json").write_text(json.dumps(evaluation))
+    page = render_page([read_run(tmp_path / "a")])
+    assert "Calibration and averages over classes are missing" in page
+    assert "Classes (dev)" in page
+    assert "reliability diagram" not in page
+    del evaluation["classes"]
     (tmp_path / "a/best/evaluation.json").write_text(json.dumps(evaluation))
     assert "Classes (dev)" not in render_page([read_run(tmp_path / "a")])
 
@@ -243,7 +256,7 @@ def test_page_is_self_contained_and_escapes_texts(runs):
     for count in itertools.chain(*evaluation["confusion"]):
         assert f">{count}</td>" in page
     assert page.count('class="bar"') == 2
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert figures.TEXT_COLOR not in page
 
 
@@ -256,8 +269,10 @@ def test_runs_without_error_analysis_or_with_a_truncated_log_are_shown(runs, tmp
 
 
 def test_many_classes_are_listed_by_frequency_of_confusion(tmp_path):
-    run = read_run(write_run(tmp_path / "run", labels=[f"class{i}" for i in range(13)]))
-    assert "Most frequent confusions" in render_page([run])
+    run = read_run(write_run(tmp_path / "run", labels=[f"class{i}" for i in range(301)]))
+    page = render_page([run])
+    assert "Most frequent confusions" in page
+    assert 'class="heat"' not in page
     counts = [count for count, _, _ in run.confusions]
     assert counts == sorted(counts, reverse=True)
 
@@ -266,6 +281,226 @@ def test_regressions_are_plotted(tmp_path):
     page = render_page([read_run(write_run(tmp_path / "run", labels=[]))])
     assert "Predictions against labels" in page
     assert page.count("<svg") == 3
+    assert "missing" not in page
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def test_page_shows_calibration(tmp_path):
+    run = read_run(write_run(tmp_path / "a"))
+    page = render_page([run])
+    ece = 100 * run.evaluation["calibration"]["ece"]
+    assert f"Expected calibration error {ece:.1f}% over 15 bins" in page
+    assert dict(run.summary())["expected calibration error (dev), %"] == f"{ece:.1f}"
+    titles = re.findall(r"<title>[\d.]+ to [\d.]+: ([\d,]+) prediction", page)
+    assert sum(map(int, titles)) == 2 * 30  # in the diagram and in the distribution
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_equal_probabilities_can_be_plotted(probability):
+    drawing = figures.plot_calibration(calibrate(np.full(3, probability), np.full(3, True)), "accuracy")
+    assert "3 predictions" in drawing
+    assert not re.search(r"\bnan\b", drawing)
+    assert "reliability" in figures.plot_calibration(calibrate(np.empty(0), np.empty(0)), "accuracy")
+
+
+def test_decisions_of_several_labels_are_counted_as_such(tmp_path):
+    run = read_run(write_run(tmp_path / "a"))
+    counts = ClassCounts(np.array([1, 0]), np.array([2, 1]), np.array([1, 1]))
+    calibration = calibrate(np.array([0.9, 0.2]), np.array([True, False]))
+    run.evaluation = {"examples": 1, "unit": "decision", "threshold": 0.5, "calibration": calibration, "mistakes": []}
+    run.evaluation |= score_classes(["x", "y"], counts, average_all=True)
+    page = render_page([run])
+    assert "of 2 decisions (one per example and class)" in page
+    assert "share that are labels" in page
+    assert "Classes (dev)" in page
+
+
+# --- the heat map -----------------------------------------------------------------------------------------------------
+
+
+def test_confusions_of_many_classes_are_a_heat_map(tmp_path):
+    run = read_run(write_run(tmp_path / "run", labels=[f"<class> {i}" for i in range(150)]))
+    page = render_page([run])
+    assert "Most frequent confusions" in page
+    assert "<class>" not in page
+    assert len(page) < 300_000
+    drawing = re.search(r'<svg class="heat".*?</svg>', page, re.DOTALL).group()
+    ElementTree.fromstring(drawing)
+    confusion = np.array(run.evaluation["confusion"])
+    wrong = {(i, j) for i, j in np.argwhere(confusion).tolist() if i != j}
+    titles = re.findall(r"<title>&lt;class&gt; (\d+), predicted &lt;class&gt; (\d+): (\d+) of (\d+)</title>", drawing)
+    assert {(int(i), int(j)) for i, j, *_ in titles} == wrong
+    for i, j, count, total in titles:
+        assert (int(count), int(total)) == (confusion[int(i), int(j)], confusion[int(i)].sum())
+    names = re.findall(r'<text x="-5" y="3"><title>&lt;class&gt; (\d+)</title>', drawing)
+    assert 40 <= len(set(names)) <= 75  # thinned: 4 units per class, 9 per line
+    assert page.count('class="average"') == 3
+    assert "all 150 classes" in page
+
+
+def test_cells_are_where_the_axes_say():
+    drawing = draw_heat_map(["a", "b", "c"], [[1, 0, 2], [0, 0, 0], [0, 0, 3]])
+    cells = {title: (int(y), int(x)) for x, y, title in re.findall(r'd="M(\d) (\d)h1v1h-1z"><title>([^<]*)', drawing)}
+    assert cells == {
+        "a: 1 of 3 right": (0, 0),
+        "a, predicted c: 2 of 3": (0, 2),
+        "c: 3 of 3 right": (2, 2),
+    }
+    assert len(re.findall(r"<text[^>]*>\d</text>", drawing)) == 3  # there is room for counts
+
+
+def test_rows_and_columns_of_a_large_heat_map_have_the_same_order():
+    labels = [f"c{i}" for i in range(40)]
+    confusion = np.diag(np.arange(1, 41))
+    confusion[3, 30] = confusion[30, 3] = 2
+    drawing = draw_heat_map(labels, confusion.tolist())
+    position = {labels[i]: n for n, i in enumerate(cluster_order(confusion))}
+    for x, y, title in re.findall(r'd="M(\d+) (\d+)h1v1h-1z"><title>([^<]*)', drawing):
+        label = re.match(r"c\d+", title).group()
+        predicted = (re.findall(r"predicted (c\d+)", title) or [label])[0]
+        assert (position[label], position[predicted]) == (int(y), int(x))
+    assert abs(position["c3"] - position["c30"]) == 1
+    assert not re.findall(r"<text[^>]*>\d+</text>", drawing)
+
+
+def test_cells_beyond_the_titled_ones_are_drawn_without_a_title(monkeypatch):
+    monkeypatch.setattr("funnel.analysis.heat_map.MAX_TITLES", 2)
+    drawing = draw_heat_map(["a", "b", "c"], [[5, 4, 3], [2, 9, 1], [0, 0, 1]])
+    assert drawing.count("<title>") == 2 + 2 * 3  # cells; names at both axes
+    assert drawing.count("h1v1h-1z") == 7
+
+
+def test_confused_classes_are_adjacent():
+    groups = [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    confusion = np.diag(np.full(9, 20))
+    for group in groups:
+        for i, j in itertools.permutations(group, 2):
+            confusion[i, j] = 5
+    order = cluster_order(confusion)
+    assert sorted(order) == list(range(9))
+    assert [sorted(order[i : i + 3]) for i in (0, 3, 6)] == groups
+
+
+def test_a_chain_of_confusions_keeps_its_order():
+    shuffled = np.random.default_rng(0).permutation(12)
+    confusion = np.zeros((12, 12), int)
+    for a, b in itertools.pairwise(shuffled):
+        confusion[a, b] = confusion[b, a] = 10
+    confusion += np.diag(np.full(12, 5))
+    order = cluster_order(confusion)
+    assert sum(confusion[a, b] == 10 for a, b in itertools.pairwise(order)) >= 9  # of 11
+
+
+@pytest.mark.parametrize("matrix", [[[3]], [[0]], [[0, 0], [0, 0]], [[5, 0], [0, 5]]])
+def test_classes_without_confusions_keep_their_order(matrix):
+    assert cluster_order(np.array(matrix)) == list(range(len(matrix)))
+    ElementTree.fromstring(draw_heat_map(["a", "b"][: len(matrix)], matrix))
+
+
+# --- learning curves --------------------------------------------------------------------------------------------------
+
+
+def test_groups_of_runs_are_compared_on_one_axis(runs):
+    (curves,) = plot_learning_curves(group_by_settings([read_run(runs / name) for name in "abc"]))
+    assert [entry.text for entry in curves.legend] == ["layout 1,1, 2 seeds", "layout 1,1,1"]
+    assert (curves.n_gray, curves.has_seeds) == (0, True)
+    for drawing in curves.figures:
+        assert re.findall(r"<title>([^<]*)</title>", drawing) == ["1: a", "1: b", "1: a, b", "2: c"]
+        assert ">step<" in drawing
+        for entry in curves.legend:
+            assert entry.color in drawing
+            assert re.search(rf">{entry.number}</text>", drawing)
+    page = render_page([read_run(runs / name) for name in "abc"])
+    assert page.index("Learning curves") < page.index("layout 1,1,1")
+    assert "Learning curves" not in render_page([read_run(runs / "a")])
+
+
+def test_runs_of_different_batch_sizes_are_compared_by_examples(tmp_path):
+    written = [write_run(tmp_path / str(size), batch_size=size) for size in (8, 16)]
+    (curves,) = plot_learning_curves(group_by_settings([read_run(path) for path in written]))
+    assert ">examples<" in curves.figures[0]
+    assert [entry.text for entry in curves.legend] == ["layout 1,1, batch size 8", "layout 1,1, batch size 16"]
+    loss = Quantity("train", "loss", "loss", 1, True)
+    assert loss.curve(read_run(written[1])) == {64: 1 / 4, 128: 1 / 8, 192: 1 / 12}
+
+
+def test_only_the_best_groups_are_in_color(tmp_path):
+    runs = [read_run(write_run(tmp_path / f"{i}", lr=i / 1000)) for i in range(1, 16)]
+    for i, run in enumerate(runs):
+        run.final["accuracy"] = 0.5 + i / 100
+    (curves,) = plot_learning_curves(group_by_settings(runs))
+    assert curves.n_gray == 3
+    assert [entry.number for entry in curves.legend] == list(range(4, 16))
+    assert "lr 0.004" in curves.legend[0].text
+    assert len({(entry.color, entry.dashes) for entry in curves.legend}) == MAX_GROUPS
+
+
+def test_the_mean_over_seeds_is_drawn_where_all_have_a_value():
+    assert mean_curve([{1: 2.0, 2: 4.0, 3: 9.0}, {1: 4.0, 2: 6.0}]) == {1: 3.0, 2: 5.0}
+    assert mean_curve([{}, {1: 2.0}]) == {}
+
+
+def test_numbers_next_to_curves_do_not_overlap():
+    for heights in ([0.5] * 12, [0.0, 0.01, 0.02, 0.98, 0.99, 1.0], [0.2, 0.8], []):
+        moved = spread(heights, 0.07)
+        assert all(b - a >= 0.07 - 1e-9 for a, b in itertools.pairwise(moved))
+        assert all(-1e-9 <= height <= 1 + 1e-9 for height in moved)
+    assert spread([0.2, 0.8], 0.07) == [0.2, 0.8]
+
+
+def test_scores_that_are_not_finite_are_left_out_of_curves(tmp_path):
+    for name in "ab":
+        write_run(tmp_path / name, seed=ord(name))
+    write_dev_log(tmp_path / "a", *({"loss": 1.0, "accuracy": None, "f1": 0.5} for _ in range(3)))
+    (curves,) = plot_learning_curves(group_by_settings([read_run(tmp_path / name) for name in "ab"]))
+    assert not re.search(r"\bnan\b", "".join(curves.figures))
+
+
+# Machado et al. 2009, severity 1: linear RGB as seen with protanopia, deuteranopia and tritanopia
+COLOR_BLINDNESS = np.array(
+    [
+        np.eye(3),
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    ]
+)
+
+
+def linear_rgb(color: str) -> np.ndarray:
+    values = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def cie_lab(rgb: np.ndarray) -> np.ndarray:
+    to_xyz = np.array([[0.41246, 0.35758, 0.18044], [0.21267, 0.71515, 0.07218], [0.01933, 0.11919, 0.95030]])
+    x, y, z = np.cbrt(np.maximum(to_xyz @ np.clip(rgb, 0, 1) / [0.95047, 1, 1.08883], 0.008856))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_colors_are_readable_and_distinguishable_with_color_blindness():
+    page = (ROOT / "funnel/analysis/report.html").read_text()
+    backgrounds = re.findall(r"--card: (#\w+)", page)
+    assert len(backgrounds) == 2
+    for color, background in itertools.product(figures.COLORS, backgrounds):
+        low, high = sorted(linear_rgb(c) @ [0.2126, 0.7152, 0.0722] for c in (color, background))
+        assert (high + 0.05) / (low + 0.05) >= 3  # WCAG 2.1, success criterion 1.4.11
+    for seen in COLOR_BLINDNESS:
+        for a, b in itertools.combinations(figures.COLORS, 2):
+            assert np.linalg.norm(cie_lab(seen @ linear_rgb(a)) - cie_lab(seen @ linear_rgb(b))) > 15, (a, b)
+
+
+def test_neighboring_groups_differ_in_color_and_dashes():
+    styles = [(figures.color_of(n), figures.dashes_of(n)) for n in range(1, 25)]
+    assert len(set(styles)) == 24
+    for (color, dashes), (next_color, next_dashes) in itertools.pairwise(styles):
+        assert color != next_color
+        assert dashes != next_dashes
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a Chromium or Chrome")
@@ -277,7 +512,7 @@ def test_page_fits_a_phone(runs, tmp_path):
         onload = () => { const d = document.getElementById("f").contentDocument;
           d.querySelectorAll("details").forEach(x => x.open = true);
           const sizes = q => [...d.querySelectorAll(q)].map(x => x.getBoundingClientRect()).map(x => [x.width, x.height]);
-          const found = {width: d.documentElement.scrollWidth, svg: sizes("svg"), bars: sizes(".bar")};
+          const found = {width: d.documentElement.scrollWidth, svg: sizes("svg:not(.swatch)"), bars: sizes(".bar")};
           document.body.textContent = JSON.stringify(found); }
         </script></body>""",
         encoding="utf-8",
@@ -290,7 +525,7 @@ def test_page_fits_a_phone(runs, tmp_path):
     )  # fmt: skip
     found = json.loads(re.search(r"\{.*\}", browser.stdout).group())
     assert found["width"] <= 360
-    assert len(found["svg"]) == 2 + 2 * 3
+    assert len(found["svg"]) == 2 + 2 + 3 * 3
     assert all(width > 200 and 100 < height < 300 for width, height in found["svg"])
     assert len(found["bars"]) == 2 + 2 + 3
     assert all(width > 2 and height > 2 for width, height in found["bars"])

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, tiny_config
@@ -12,6 +13,7 @@ from funnel.cli.evaluate import format_evaluation
 from funnel.cli.main import main
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.heads import FunnelForSequenceClassification
+from funnel.problems.calibration import calibrate
 
 
 @pytest.fixture
@@ -30,9 +32,10 @@ def write_record(run: Path, **values) -> None:
 def test_prints_metrics_classes_confusions_and_errors(classifier_folder, labeled, capsys):
     assert main(["evaluate", str(classifier_folder), str(labeled)]) == 0
     output = capsys.readouterr().out
-    first, classes, confusion, errors = output.split("\n\n")
+    first, classes, calibration, confusion, errors = output.split("\n\n")
     assert re.fullmatch(r"labeled\.jsonl: 6 examples, loss \d\.\d{4}, accuracy 0\.3333, f1 \(macro\) \d\.\d{4}", first)
-    assert [line.split()[0] for line in classes.splitlines()] == ["class", "no", "yes,", "a"]
+    assert [line.split()[0] for line in classes.splitlines()] == ["class", "no", "yes,", "a", "micro", "macro", "weighted"]
+    assert re.fullmatch(r"expected calibration error 0\.\d{4} \(mean probability 0\.\d{4}, accuracy 0\.3333\)", calibration)
     assert confusion.startswith("confusion matrix\nlabel")
     assert errors.count("predicted") == 4
     assert max(map(len, output.splitlines())) <= 80
@@ -103,8 +106,12 @@ def evaluation(n_classes: int) -> dict:
     labels = [f"class {i} with a long name that goes on" for i in range(n_classes)]
     matrix = [[1000 * (i == j) + (i + 1 == j) for j in range(n_classes)] for i in range(n_classes)]
     classes = [{"label": label, "precision": 0.5, "recall": 0.25, "f1": 1 / 3, "examples": 1001} for label in labels]
+    average = {"label": "micro average", "precision": 0.5, "recall": 0.25, "f1": 1 / 3, "examples": 1001 * n_classes}
     mistake = {"text": "good " * 99, "label": "a", "predicted": "b", "probability": [0.1, 0.9]}
-    return {"examples": 1, "labels": labels, "confusion": matrix, "classes": classes, "mistakes": [mistake] * 20}
+    return {
+        "examples": 1, "unit": "decision", "labels": labels, "confusion": matrix, "classes": classes, "averages": [average],
+        "calibration": calibrate(np.array([0.5]), np.array([True])), "mistakes": [mistake] * 20,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("n_classes", "title"), [(2, "confusion matrix"), (50, "most frequent confusions")])
@@ -113,3 +120,14 @@ def test_output_is_at_most_80_characters_wide(n_classes, title, capsys):
     assert title in output
     assert max(map(len, output.splitlines())) <= 80
     assert output.startswith("x.csv: 1 example, loss 0.5000\n")
+
+
+def test_of_many_classes_the_ten_with_the_lowest_f1_are_printed():
+    errors = evaluation(50)
+    for i, row in enumerate(errors["classes"]):
+        row |= {"label": f"class {i}", "f1": (i * 7 % 50) / 50}
+    errors["classes"][0]["examples"] = 0  # a class without examples is not a bad one
+    table = format_evaluation("x.csv", {}, errors).split("\n\n")[1].splitlines()
+    assert table[0] == "classes with the lowest F1 (10 of 50; --out writes all)"
+    expected = sorted(errors["classes"][1:], key=lambda row: row["f1"])[:10]
+    assert [line.split("  ")[0] for line in table[2:]] == [*(row["label"] for row in expected), "micro average"]

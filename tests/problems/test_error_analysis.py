@@ -10,7 +10,8 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from funnel.data.encoding import encode_texts
 from funnel.data.tokenizer import FunnelTokenizer
-from funnel.problems.error_analysis import single_class_warning
+from funnel.problems.error_analysis import score_classes, single_class_warning
+from funnel.problems.metrics import ClassCounts
 from funnel.problems.registry import problem_of
 
 TEXTS = ["a good film", "a bad film", "no film", "good", "bad", ""]
@@ -82,6 +83,32 @@ def test_scores_of_each_class_equal_scikit_learn(tokenizer):
     assert [row["label"] for row in classes] == ["a", "b", "c", "d"]
     for column, values in zip(expected, actual, strict=True):
         assert list(values) == pytest.approx(list(column))
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions"),
+    [([0, 0, 1, 1, 1, 3], [0, 1, 1, 1, 0, 2]), ([1] * 6, [1] * 6), ([1] * 6, [2] * 6), ([0, 1, 2, 0, 1, 2], [0] * 6)],
+)
+def test_averages_equal_scikit_learn(labels, predictions, tokenizer):
+    logits = torch.nn.functional.one_hot(torch.tensor(predictions), 5).float()  # class 4 does not occur
+    analysis = analyze(logits, make_dataset(tokenizer, labels), classifier_config("abcde"), tokenizer)
+    for row, average in zip(analysis["averages"], ("micro", "macro", "weighted"), strict=True):
+        expected = precision_recall_fscore_support(labels, predictions, average=average, zero_division=0)
+        assert row["label"] == f"{average} average"
+        assert [row["precision"], row["recall"], row["f1"]] == pytest.approx(expected[:3])
+        assert row["examples"] == 6
+
+
+def test_averages_of_several_labels_equal_scikit_learn():
+    random = np.random.default_rng(0)
+    labels, predictions = random.random((40, 4)) < 0.4, random.random((40, 4)) < 0.3
+    labels[:, 3] = predictions[:, 3] = False
+    counts = ClassCounts((labels & predictions).sum(0), labels.sum(0), predictions.sum(0))
+    for row, average in zip(
+        score_classes("abcd", counts, average_all=True)["averages"], ("micro", "macro", "weighted"), strict=True
+    ):
+        expected = precision_recall_fscore_support(labels, predictions, average=average, zero_division=0)
+        assert [row["precision"], row["recall"], row["f1"]] == pytest.approx(expected[:3])
 
 
 def test_a_single_predicted_class_gives_a_warning(tokenizer):

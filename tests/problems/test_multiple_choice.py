@@ -135,6 +135,8 @@ def test_error_analysis_shows_article_question_and_both_choices(model, dataset, 
     assert mistake["text"] == "car <unk> is green"
     assert mistake["label"] == f"B: the car is {example['choices'][1]}."
     assert mistake["predicted"] == f"A: the car is {example['choices'][0]}."
+    right, wrong = float(logits[0].max().exp() / logits[0].exp().sum()), float(logits[4].softmax(0)[0])
+    assert analysis["calibration"]["ece"] == pytest.approx((9 * (1 - right) + wrong) / 10)
     assert mistake["probability"] == pytest.approx([float(logits[4].softmax(0)[1]), float(logits[4].softmax(0)[0])])
 
 

@@ -17,6 +17,7 @@ from funnel.data.token_encoder import TokenEncoder
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.model.heads import FunnelForTokenClassification
+from funnel.problems.error_analysis import single_class_warning
 from funnel.problems.task_args import TaskArgs, load_task
 from funnel.problems.token_labels import TokenLabels
 from funnel.training.evaluate import predict
@@ -100,10 +101,21 @@ def test_error_analysis_has_scores_by_type_and_the_wrong_words(dataset, tokenize
             [report[k] for k in ("precision", "recall", "f1-score")]
         )
         assert row["examples"] == report["support"]
+    for row, name in zip(analysis["averages"], ("micro avg", "macro avg", "weighted avg"), strict=True):
+        report = expected[name]
+        assert [row["precision"], row["recall"], row["f1"], row["examples"]] == pytest.approx(list(report.values()))
     assert np.array(analysis["confusion"]).sum() == len(TARGETS)
+    assert analysis["calibration"]["count"] == len(TARGETS)
+    n_right = sum(p == t for p, t in zip(PREDICTED, TARGETS, strict=True))
+    assert analysis["calibration"]["ece"] == pytest.approx(abs(0.9 - n_right / len(TARGETS)))
     columns = [[m[key].split(", ") for m in analysis["mistakes"]] for key in ("label", "predicted")]
     wrong = zip(*(itertools.chain.from_iterable(column) for column in columns), strict=True)
     assert sorted(wrong) == [("bad I-y", "bad O"), ("film B-x", "film I-x")]
+
+
+def test_the_warning_about_a_single_tag_counts_words(dataset, tokenizer):
+    analysis = TokenLabels(CONFIG).analyze(results_of(dataset, [0] * len(TARGETS)), dataset, tokenizer)
+    assert f"for all {len(TARGETS)} words of dev" in single_class_warning(analysis)
 
 
 def test_plain_tags_have_accuracy_and_macro_f1():
