@@ -226,6 +226,8 @@ def read_run(folder: Path) -> Run:
     if not any(line["split"] == "dev" for line in log):
         raise FunnelError(f"{folder}: no evaluation yet; wait for the run's first one")
     evaluation = read_json(best / EVALUATION_FILE) if (best / EVALUATION_FILE).is_file() else {}
+    if "texts" in evaluation:
+        evaluation["examples"] = evaluation.pop("texts")  # the name in version 0.1
     config = load_config(best)
     try:
         run = Run(folder, str(record["command"]), dict(record["settings"]), log, evaluation, config)

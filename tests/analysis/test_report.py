@@ -187,6 +187,7 @@ def test_runs_of_version_0_1_can_be_reported():
     run = read_run(ROOT / "tests/fixtures/written_by_0_1/run")
     assert run.metrics
     assert markdown_table([run]).count("\n") == 2
+    assert "Calibration and averages over classes are missing" in render_page([run])
 
 
 def test_page_shows_the_scores_of_each_class(tmp_path):
