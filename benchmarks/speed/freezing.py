@@ -22,7 +22,6 @@ from benchmarks.speed.measure import (
     device_name,
     median_timer,
     process_memory,
-    release_memory,
     reset_peak_memory,
     synchronize,
 )
@@ -30,7 +29,7 @@ from benchmarks.speed.models import RELEASED_LAYOUT, LoopTrainer, funnel_trainer
 from funnel.cli.common import align_columns
 from funnel.errors import plural
 from funnel.model.heads import FunnelForSequenceClassification
-from funnel.training.device import DTYPES, choose_device, keep_freed_memory
+from funnel.training.device import DTYPES, choose_device, keep_freed_memory, release_freed_memory
 from funnel.training.freezing import FreezeArgs, freeze, layer_runs
 from train import TrainArgs
 
@@ -84,7 +83,7 @@ class Setting:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
-            release_memory()
+            release_freed_memory()
             reset_peak_memory()
         before = torch.cuda.memory_allocated() if is_cuda else process_memory("VmRSS")
         for _ in range(2):

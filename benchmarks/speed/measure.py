@@ -1,7 +1,5 @@
 """Timing, alternating rounds, the C library's memory setting, and process memory."""
 
-import contextlib
-import ctypes
 import os
 import platform
 import statistics
@@ -12,7 +10,7 @@ from typing import Any
 
 import torch
 
-from funnel.training.device import keep_freed_memory
+from funnel.training.device import keep_freed_memory, release_freed_memory
 
 Measurement = Callable[[], float]  # runs something once and returns what was measured
 
@@ -64,13 +62,7 @@ def set_memory_reuse(reuse: bool) -> None:
     """Turns train.py's memory setting on, or restores the C library's defaults and releases what was kept."""
     keep_freed_memory(reuse)
     if not reuse:
-        release_memory()
-
-
-def release_memory() -> None:
-    """Returns freed memory to the system, where the C library can."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+        release_freed_memory()
 
 
 def process_memory(field: str) -> int:

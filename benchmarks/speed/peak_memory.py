@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.speed.measure import process_memory, release_memory, reset_peak_memory
+from benchmarks.speed.measure import process_memory, reset_peak_memory
 from benchmarks.speed.models import build_pair, logits_function, mixed_precision, random_batch
-from funnel.training.device import keep_freed_memory
+from funnel.training.device import keep_freed_memory, release_freed_memory
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PeakMemory:
             before = torch.cuda.memory_allocated()
             run()
             return torch.cuda.max_memory_allocated() - before
-        release_memory()
+        release_freed_memory()
         before = process_memory("VmRSS")
         reset_peak_memory()
         run()

@@ -23,9 +23,10 @@ from funnel.serving.files import FileJob, TooManyFilesError
 from funnel.serving.guard import RETRY_SECONDS, Guard, error_response
 from funnel.serving.openapi_page import render_openapi
 from funnel.serving.service import Service
+from funnel.training.device import release_freed_memory
 
 STATIC = Path(__file__).parent / "static"
-PURGE_SECONDS = 60.0
+RELEASE_SECONDS = 30.0
 WRITE_BYTES = 2**20  # of an upload that are written to disk at a time
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": schemas.ErrorResponse}, "5XX": {"model": schemas.ErrorResponse}}
 
@@ -38,11 +39,11 @@ def create_app(service: Service) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
-        purge = asyncio.create_task(_purge_files(service))
+        release = asyncio.create_task(_release(service))
         try:
             yield
         finally:
-            purge.cancel()
+            release.cancel()
             await asyncio.to_thread(service.close)
 
     app = FastAPI(
@@ -61,10 +62,12 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-async def _purge_files(service: Service) -> None:
+async def _release(service: Service) -> None:
+    """Deletes expired files and returns unused memory, now and then: batches of ever new sizes fragment it."""
     while True:
-        await asyncio.sleep(PURGE_SECONDS)
+        await asyncio.sleep(RELEASE_SECONDS)
         await service.in_pool(service.files.purge)
+        await service.in_pool(release_freed_memory)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

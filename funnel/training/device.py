@@ -1,5 +1,6 @@
 """Device, dtype, memory and random seeds."""
 
+import contextlib
 import ctypes
 import random
 import sys
@@ -72,6 +73,12 @@ def keep_freed_memory(keep: bool = True) -> None:
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
     mallopt(m_mmap_max, 0 if keep else 65536)
     mallopt(m_trim_threshold, 2**31 - 1 if keep else 2**26)
+
+
+def release_freed_memory() -> None:
+    """Returns memory that the C library keeps for reuse to the system, where it can."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> float | None:
