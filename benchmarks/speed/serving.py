@@ -2,16 +2,16 @@
 
     pip install -c constraints.txt -e '.[bench,serve]'
     python -m benchmarks.speed.serving load --run runs/NAME                 # throughput and latency, and those of transformers
-    python -m benchmarks.speed.serving soak --run runs/NAME --minutes 10    # mixed good and bad requests; checks all answers
+    python -m benchmarks.speed.serving soak --run runs/NAME --minutes 10    # valid and invalid requests; checks all answers
 
-load: four servers in processes of their own, with and without batching, with our model and with the same weights in
-`transformers.pipeline("text-classification")`. Everything but the model is the same. They take turns; the other three are idle.
-Every client sends one sentence of the demo task at a time and waits for the answer. The run must classify single texts and
-have a layout that transformers has, too. The predictions of its Funnel depend on the padding (docs/architecture.md), so that
-some labels differ; those of a BERT in one block do not.
+load: four servers in separate processes: our model, and the same weights in `transformers.pipeline("text-classification")`,
+each with and without batching. Everything but the model is the same. They take turns; the other three are idle. Every client
+sends one sentence of the demo task at a time and waits for the answer. The run must classify single texts and have a layout
+that transformers supports. The predictions of transformers' Funnel depend on the padding (docs/from-transformers.md), so some
+labels differ; those of a BERT in one block do not.
 
-soak: one `funnel serve`, with good requests of up to 16 texts, invalid requests, clients that disconnect, and files, until a
-SIGTERM while it is busy. Fails unless every answer is right, every status is the expected one, memory and open files do not
+soak: one `funnel serve`, with valid requests of up to 16 texts, invalid requests, clients that disconnect, and files, until a
+SIGTERM while it is busy. Fails unless every answer is correct, every status is the expected one, memory and open files do not
 grow, uploaded files are deleted, and the exit status is 0.
 """
 
@@ -220,7 +220,7 @@ def load(args: argparse.Namespace) -> None:
                 for name, url in urls.items():
                     latencies = asyncio.run(measure(url, clients, args.seconds))
                     results.setdefault((name, clients), []).append(latencies)
-    print(f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {args.rounds} x {args.seconds:g} s per cell; ")
+    print(f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {args.rounds} x {args.seconds:g} s per cell;")
     print(f"all four servers agree on the labels of {same} of {len(texts)} texts\n")
     print("| server | clients | requests/s | p50, ms | p95, ms | p99, ms |\n|---|---|---|---|---|---|")
     for (name, clients), rounds in sorted(results.items(), key=lambda item: item[0][1]):

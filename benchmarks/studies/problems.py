@@ -278,7 +278,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source", type=Path, help="folder of a BERT in transformers' format")
     parser.add_argument("--models", nargs="+", default=MODELS, help=f"layouts or {BERT} (default: {format_list(MODELS)})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=float, help="(default: the task's)")
+    parser.add_argument("--epochs", type=float, help="epochs (default: the task's)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="print the stored results and start no run")

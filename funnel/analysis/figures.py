@@ -109,7 +109,7 @@ def plot_calibration(calibration: Mapping[str, Any], accuracy: str) -> str:
 
 
 def _wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson 1927)."""
+    """95% confidence interval of a share (Wilson 1927)."""
     z2 = 1.96**2 / count
     middle, half = (share + z2 / 2) / (1 + z2), math.sqrt(z2 * share * (1 - share) + z2**2 / 4) / (1 + z2)
     return middle - half, middle + half

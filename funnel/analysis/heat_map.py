@@ -94,7 +94,7 @@ def _draw_cells(cells: Sequence[Cell], names: Sequence[str], totals: np.ndarray)
                 continue
             name, predicted = (html.escape(names[i]) for i in (cell.row, cell.column))
             of_total = f"{cell.number:,} of {totals[cell.row]:,}"
-            title = f"{name}: {of_total} right" if is_right else f"{name}, predicted {predicted}: {of_total}"
+            title = f"{name}: {of_total} correct" if is_right else f"{name}, predicted {predicted}: {of_total}"
             elements.append(f'<path d="{square}"><title>{title}</title></path>')
         if path:
             elements.append(f'<path d="{path}"/>')

@@ -5,7 +5,7 @@ funnel convert DIR weights/mine                            # the format is detec
 funnel convert runs/mine out --to huggingface              # for transformers' from_pretrained
 funnel convert runs/mine out --to onnx                     # one file for onnxruntime (extra: onnx)
 funnel convert runs/mine out --to onnx --quantize int8     # with int8 weights; compares accuracy and latency
-funnel convert runs/mine out --to huggingface --push-to-hub OWNER/NAME   # upload the folder, too
+funnel convert runs/mine out --to huggingface --push-to-hub OWNER/NAME   # also upload the folder
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Predictions of several classifiers, averaged; for example of those of a cross-validation."""
+"""Averaged predictions of several classifiers, such as those of a cross-validation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -98,7 +98,7 @@ class Ensemble(Classifier):
 
 
 def check_agreement(first: Classifier, other: Classifier, number: int) -> None:
-    """Raises FunnelError if two classifiers of an ensemble have other outputs or read other columns.
+    """Raises FunnelError if two classifiers of an ensemble differ in their outputs or text columns.
 
     Args:
         number: of the second classifier, for the message.
@@ -110,5 +110,5 @@ def check_agreement(first: Classifier, other: Classifier, number: int) -> None:
         checks["columns"] = (list(first.inputs.columns), list(other.inputs.columns))
     for what, (expected, found) in checks.items():
         if expected != found:
-            names = f"{format_list(found)}, the first one {format_list(expected)}"
-            raise FunnelError(f"ensemble: classifier {number} has the {what} {names}; they must agree", "ensemble")
+            names = f"{what} as the first one, {format_list(expected)}; found {format_list(found)}"
+            raise FunnelError(f"ensemble: classifier {number}: expected the same {names}", "ensemble")

@@ -1,4 +1,4 @@
-"""Calibration: whether of the predictions with probability 0.8, 80 % are right.
+"""Calibration: whether 80% of the predictions with probability 0.8 are right.
 
 Probabilities are sorted into 15 bins of equal width; bin m of 1 to 15 is ((m - 1) / 15, m / 15]. The expected calibration error
 is the mean over the predictions of the difference between their bin's mean probability and its share of right predictions

@@ -27,7 +27,7 @@ from funnel.training.device import release_freed_memory
 
 STATIC = Path(__file__).parent / "static"
 RELEASE_SECONDS = 30.0
-WRITE_BYTES = 2**20  # of an upload that are written to disk at a time
+WRITE_BYTES = 2**20  # size of the parts in which an upload is written to disk
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": schemas.ErrorResponse}, "5XX": {"model": schemas.ErrorResponse}}
 
 FILE_BODY = {"requestBody": {"content": {"text/csv": {"schema": {"type": "string"}}}, "required": True}}
@@ -82,11 +82,11 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         detail = error.detail
         if detail == "Not Found":
-            detail = f"no such page: {request.url.path[:100]}; /docs lists them"
+            detail = f"unknown route {request.url.path[:100]}; see /docs"
         elif detail == "There was an error parsing the body":
             detail = "the body is not valid JSON"
         elif detail == "Method Not Allowed":
-            detail = f"{request.url.path[:100]} does not support {request.method}; /docs says what it does"
+            detail = f"{request.url.path[:100]} does not support {request.method}; see /docs"
         return error_response(error.status_code, detail, error.headers)
 
     @app.exception_handler(FunnelError)
@@ -231,4 +231,4 @@ async def _save_body(request: Request, path: Path, service: Service) -> None:
                 buffer.clear()
         file.write(buffer)
     if not path.stat().st_size:
-        raise FunnelError("the body is empty; send the content of the file")
+        raise FunnelError("the body is empty; send the file's content")

@@ -23,8 +23,8 @@ from funnel.serving.engines import ServedModel
 from funnel.serving.metrics import Metrics
 
 MAX_BACKGROUND_WAIT = 1.0  # seconds
-# What a forward pass costs besides its tokens, in tokens: padding of more is worth another forward pass. Measured with six
-# layers on one core: 35 to 50 tokens for a d_model of 384 and 768, 200 for 128.
+# Fixed cost of a forward pass, in tokens: if there would be more padding than this, another forward pass is cheaper. Measured
+# with six layers on one core: 35 to 50 tokens for a d_model of 384 and 768, 200 for 128.
 PASS_TOKENS = {"cpu": 64}
 PASS_TOKENS_ACCELERATOR = 4096
 
@@ -85,7 +85,7 @@ class Batcher:
 
     Args:
         batch_size: maximum number of texts in a forward pass.
-        batch_wait: seconds to wait for more texts, if the previous batch had those of several requests.
+        batch_wait: seconds to wait for more texts, if the previous batch had texts of several requests.
     """
 
     def __init__(self, batch_size: int, batch_wait: float, metrics: Metrics) -> None:
@@ -163,7 +163,9 @@ class Batcher:
                 is_alone = self._n_jobs_before <= 1 or queue is self._background
                 if is_alone or remaining <= 0 or self._count_waiting(queue, first.model) >= self.batch_size:
                     # A request never waits for more than one batch of a file.
-                    return self._take(queue, self.batch_size * (1 if queue is self._background else 2))
+                    if texts := self._take(queue, self.batch_size * (1 if queue is self._background else 2)):
+                        return texts
+                    continue  # the jobs have been cancelled in the meantime
                 self._changed.wait(remaining)
             return None
 

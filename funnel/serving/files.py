@@ -28,8 +28,8 @@ from funnel.serving.engines import Input, ServedModel
 from funnel.serving.metrics import Metrics
 
 FORMATS = (".csv", ".tsv", ".jsonl")
-MAX_FILES = 16  # kept at a time, results included
-LIFETIME = 3600.0  # seconds for which a file is kept after its end
+MAX_FILES = 16  # kept at a time, including processed ones
+LIFETIME = 3600.0  # seconds for which a processed file is kept
 CHUNK_SIZE = 256  # texts that are read, tokenized and queued at a time
 POLL_SECONDS = 0.5  # between checks whether a file was cancelled
 OUTPUT = ".predictions.csv"  # no uploaded file has a name that starts with a dot
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class TooManyFilesError(Exception):
-    """As many files as are kept are waiting for their predictions."""
+    """`MAX_FILES` files are waiting for their predictions."""
 
 
 class _CancelledError(Exception):
@@ -79,7 +79,7 @@ class FileJob:
         return {"status": self.status, "done": self.done, "total": self.total, "detail": self.detail}
 
     def end(self, status: str, detail: str | None = None) -> None:
-        """Records that nothing more happens to the file."""
+        """Records the final status."""
         self.status, self.detail, self.ended_at = status, detail, time.monotonic()
 
     def message(self, error: FunnelError) -> str:
@@ -120,8 +120,8 @@ class FileJobs:
             name: the client's name of the file.
 
         Raises:
-            FunnelError: the file has another format.
-            TooManyFilesError: as many files as are kept are waiting for their predictions.
+            FunnelError: the format is not supported.
+            TooManyFilesError: `MAX_FILES` files are waiting for their predictions.
         """
         name = re.sub(r"[^\w.() -]", "_", re.split(r"[/\\]", name)[-1])[-MAX_NAME_LENGTH:].strip(". ")
         if not name.lower().endswith(FORMATS):

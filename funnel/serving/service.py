@@ -53,7 +53,7 @@ class Service:
         self.metrics.queue.set_function(lambda: self._n_admitted)
 
     def start(self) -> None:
-        """Starts the threads and runs each model once, unless this has been done.
+        """Starts the threads and warms up each model, unless this has been done.
 
         Raises:
             FunnelError: a model fails.
@@ -94,7 +94,7 @@ class Service:
 
     @contextlib.contextmanager
     def _admit(self, n_texts: int) -> Iterator[None]:
-        """Counts the texts of a request as queued; refuses it if they are too many."""
+        """Counts the texts of a request as queued; refuses it if there are too many."""
         if n_texts > self.settings.max_texts:
             detail = f"{n_texts:,} inputs; send at most {self.settings.max_texts:,} per request"
             raise HTTPException(413, detail)
@@ -119,7 +119,7 @@ class Service:
             encodings = await self.in_pool(model.encode, inputs)
             logits = await asyncio.wrap_future(self.batcher.submit(model, encodings))
         if not logits.isfinite().all():
-            raise HTTPException(500, "the model's outputs are not finite; serve it in float32, or train it again")
+            raise HTTPException(500, "the model's outputs are not finite; serve it with --dtype fp32, or train it again")
         predictions = await self.in_pool(_format, model, logits, encodings)
         self.metrics.count(model.name, encodings)
         return {"model": model.name, "milliseconds": _milliseconds_since(started), "predictions": predictions}

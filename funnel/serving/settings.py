@@ -23,17 +23,17 @@ class Settings:
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all interfaces", metavar="HOST")
     port: int = option(8000, "port to listen on; 0 picks a free one", bounds="[0, 65535]")
     token_file: Path | None = option(
-        None, f"file with the token that clients must send (default: environment variable {TOKEN_VARIABLE}; without it, none)"
+        None, f"file with the token that clients must send (default: environment variable {TOKEN_VARIABLE}, if set)"
     )
     batch_wait: float = option(
-        2.0, "milliseconds to wait for further requests, if there were concurrent ones", bounds="[0, 1000]"
+        2.0, "milliseconds to wait for further texts, if the previous batch had texts of several requests", bounds="[0, 1000]"
     )
     batch_size: int = option(64, "maximum number of texts in a forward pass; 1 turns batching off", bounds="[1, 64]")
-    max_queue: int = option(1024, "texts waiting for a prediction; further requests get status 503", bounds="[1, inf)")
-    max_texts: int = option(256, "texts in a request", bounds="[1, inf)")
-    max_body: float = option(1.0, "size of a request's body, in MiB", bounds="(0, 1024]")
-    max_file: float = option(100.0, "size of an uploaded file, in MiB", bounds="(0, inf)")
-    timeout: float = option(30.0, "seconds until a request is given up with status 504", bounds="(0, 3600]")
+    max_queue: int = option(1024, "maximum number of waiting texts; further requests get status 503", bounds="[1, inf)")
+    max_texts: int = option(256, "maximum number of texts in a request", bounds="[1, inf)")
+    max_body: float = option(1.0, "maximum size of a request's body, in MiB", bounds="(0, 1024]")
+    max_file: float = option(100.0, "maximum size of an uploaded file, in MiB", bounds="(0, inf)")
+    timeout: float = option(30.0, "seconds after which a request fails with status 504", bounds="(0, 3600]")
 
     def __post_init__(self) -> None:
         check_options(self)

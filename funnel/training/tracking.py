@@ -69,8 +69,8 @@ class TrackedRun:
 class TensorBoard:
     """Writes TensorBoard's event file in the run folder.
 
-    The file of a resumed run is written again from metrics.jsonl, with the original times, so it has neither points that the
-    run takes back nor duplicates; and it is complete even if the run was started without this tracker.
+    The file of a resumed run is rewritten from metrics.jsonl, with the original times, so it has no duplicates and no points
+    after the checkpoint, and it is complete even if the run was started without this tracker.
     """
 
     def __init__(self, run: TrackedRun) -> None:
@@ -113,8 +113,8 @@ def read_times(folder: Path) -> dict[tuple[str, int], float]:
 class WandB:
     """Logs to Weights & Biases. A resumed run continues under its id.
 
-    What W&B has received cannot be taken back. So a point that it already has from before the interruption is not logged
-    again: the resumed run repeats the same computation.
+    Points that W&B has received cannot be deleted. Those from before the interruption are not logged again, because the resumed
+    run repeats the same computation.
 
     Raises:
         FunnelError: W&B does not accept the run.

@@ -20,7 +20,7 @@ def check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError:
         raise FunnelError(
-            f"invalid push_to_hub {repo_id!r}: expected OWNER/NAME, of letters, digits, '-', '_' and '.'", "push_to_hub"
+            f"invalid push_to_hub {repo_id!r}: expected OWNER/NAME, with letters, digits, '-', '_' and '.'", "push_to_hub"
         ) from None
 
 
@@ -34,7 +34,7 @@ def find_token() -> str:
 
     token = get_token()
     if token is None:
-        raise FunnelError(f"no Hugging Face token: run hf auth login, or set HF_TOKEN; tokens are made at {TOKENS_PAGE}")
+        raise FunnelError(f"no Hugging Face token: run hf auth login, or set HF_TOKEN; create one at {TOKENS_PAGE}")
     if not re.fullmatch(r"[!-~]+", token):
         raise FunnelError("the Hugging Face token contains characters that no token has; copy it again")
     return token
@@ -80,7 +80,7 @@ def _describe(error: BaseException, endpoint: str) -> str:
     said = error_reason(Exception(getattr(cause, "server_message", None) or response.reason_phrase))
     advice = {
         401: "the hub does not accept the token; log in again with hf auth login, or set HF_TOKEN",
-        403: f"the token does not permit it; make one with write access at {TOKENS_PAGE}, and check the owner's name",
+        403: f"the token does not permit it; create one with write access at {TOKENS_PAGE}, and check the owner's name",
         413: "a file is larger than the hub accepts",
     }
     return f"{advice.get(response.status_code, 'the hub refused')} ({response.status_code}: {said})"

@@ -345,9 +345,9 @@ def test_cells_are_where_the_axes_say():
     drawing = draw_heat_map(["a", "b", "c"], [[1, 0, 2], [0, 0, 0], [0, 0, 3]])
     cells = {title: (int(y), int(x)) for x, y, title in re.findall(r'd="M(\d) (\d)h1v1h-1z"><title>([^<]*)', drawing)}
     assert cells == {
-        "a: 1 of 3 right": (0, 0),
+        "a: 1 of 3 correct": (0, 0),
         "a, predicted c: 2 of 3": (0, 2),
-        "c: 3 of 3 right": (2, 2),
+        "c: 3 of 3 correct": (2, 2),
     }
     assert len(re.findall(r"<text[^>]*>\d</text>", drawing)) == 3  # there is room for counts
 

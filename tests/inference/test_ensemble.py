@@ -104,11 +104,14 @@ def test_each_classifier_truncates_as_in_its_training():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"id2label": {0: "no", 1: "yes"}}, "classifier 2 has the labels no, yes, the first one no, yes, maybe"),
-        ({"id2label": {0: "yes", 1: "no", 2: "maybe"}}, "labels yes, no, maybe"),
-        (REGRESSION, "classifier 2 has the kind regression"),
-        (MULTI_LABEL, "classifier 2 has the kind multi-label classifier, the first one text classifier"),
-        ({"columns": ("a", "b")}, "classifier 2 has the columns a, b, the first one a; they must agree"),
+        (
+            {"id2label": {0: "no", 1: "yes"}},
+            "expected the same labels as the first one, no, yes, maybe; found no, yes",
+        ),
+        ({"id2label": {0: "yes", 1: "no", 2: "maybe"}}, "found yes, no, maybe"),
+        (REGRESSION, "classifier 2: expected the same kind as the first one, text classifier; found regression"),
+        (MULTI_LABEL, "expected the same kind as the first one, text classifier; found multi-label classifier"),
+        ({"columns": ("a", "b")}, "classifier 2: expected the same columns as the first one, a; found a, b"),
     ],
 )
 def test_classifiers_that_do_not_agree_are_an_error(changes, message):

@@ -1,5 +1,6 @@
 """The queue that batches the texts of concurrent requests; the model is a stub that returns the length of each text."""
 
+import concurrent.futures
 import threading
 from collections.abc import Iterator
 
@@ -96,6 +97,22 @@ def test_cancelled_requests_are_not_computed(batcher, busy):
     assert cancelled.cancel()
     busy.may_run.set()
     assert result(kept) == [7]
+    assert busy.batches == [[1], [7]]
+
+
+def test_a_request_that_is_cancelled_while_its_batch_is_chosen_does_not_end_the_thread(batcher, busy, monkeypatch):
+    cancelled, choose = batcher.submit(busy, texts(5)), batcher._choose_queue
+
+    def choose_then_cancel():
+        queue = choose()
+        cancelled.cancel()
+        return queue
+
+    monkeypatch.setattr(batcher, "_choose_queue", choose_then_cancel)
+    busy.may_run.set()
+    concurrent.futures.wait([cancelled], TIMEOUT)
+    assert cancelled.cancelled()
+    assert result(batcher.submit(busy, texts(7))) == [7]
     assert busy.batches == [[1], [7]]
 
 

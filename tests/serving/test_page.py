@@ -353,7 +353,7 @@ def test_errors_are_shown_next_to_the_control(open_page):
     page.keyboard.type("a\n" * (MAX_TEXTS + 1))
     expect(alert).to_be_empty()
     button.click()
-    expect(alert).to_have_text("9 texts: the server takes at most 8 texts per request. Predict a file instead.")
+    expect(alert).to_have_text("9 texts: the server accepts at most 8 texts per request. Predict a file instead.")
     answers: list[Callable[[Route], None]] = [
         lambda route: route.fulfill(status=503, json={"detail": "too many texts are waiting; try again later"}),
         lambda route: route.fulfill(status=503, body="<h1>Bad gateway</h1>"),
@@ -463,7 +463,7 @@ def test_errors_of_files_are_one_line_next_to_the_file(open_page):
     alert = page.locator("#file-form").get_by_role("alert")
     expect(alert).to_have_text("Choose a file.")
     upload(page, "x" * 20_000)
-    expect(alert).to_have_text(re.compile(r"my reviews.csv has 19.5 KiB; the server takes at most 10.2 KiB. Split it."))
+    expect(alert).to_have_text(re.compile(r"my reviews.csv is 19.5 KiB; the server accepts at most 10.2 KiB. Split it."))
     page.get_by_label("Text column (optional)", exact=True).fill("absent")
     upload(page, "a,b\n1,2\n")
     failed = page.locator("#jobs").get_by_role("alert")

@@ -177,7 +177,7 @@ def test_the_token_is_only_in_the_authorization_header(run, connected, tmp_path,
     ("part", "status", "words"),
     [
         ("create", 401, "the hub does not accept the token; log in again with hf auth login, or set HF_TOKEN (401"),
-        ("create", 403, "the token does not permit it; make one with write access at https://huggingface.co/settings/tokens"),
+        ("create", 403, "the token does not permit it; create one with write access at https://huggingface.co/settings/tokens"),
         ("commit", 403, "the token does not permit it"),
         ("store", 413, "a file is larger than the hub accepts (413"),
         ("batch", 400, "the hub refused (400: said hf"),

@@ -19,8 +19,8 @@ systemTheme.addEventListener("change", applyTheme);
 
 const TOP_LABELS = 10; // shown of a model with more labels
 const DENSE_ROW = 60; // a block's row with more positions has no lines between them
-const POLL_MILLISECONDS = 400; // between two questions about the progress of a file
-const RETRY_MILLISECONDS = 2000; // after one that failed
+const POLL_MILLISECONDS = 400; // between requests for the progress of a file
+const RETRY_MILLISECONDS = 2000; // after a failed one
 
 function byId(id) {
   return document.getElementById(id);
@@ -190,7 +190,7 @@ function updateModels() {
   byId("pair-column").placeholder = model.columns[1] ?? "";
   byId("file-hint").textContent =
     `Up to ${sizeOf(limits.file_bytes)}. ${model.name} predicts one label per row. ` +
-    "Columns are found by their names unless you enter other ones.";
+    "Columns are found by name unless you enter others.";
   byId("examples").replaceChildren(...EXAMPLES[pairs === true ? "pairs" : "texts"].map(exampleButton));
 }
 
@@ -266,17 +266,17 @@ function readInputs() {
   const paired = takesPairs() === true || pairs.length > 0;
   if (paired && texts.length !== pairs.length) {
     const difference = `${count(texts.length, "first text")} but ${count(pairs.length, "second text")}`;
-    throw new Error(`${difference}: each line needs a second text in the same line of the other field.`);
+    throw new Error(`${difference}: each line needs a second text on the same line of the other field.`);
   }
   const inputs = texts.map((text, index) => ({ text, pair: paired ? pairs[index] : null }));
   const filled = inputs.filter(({ text, pair }) => text || pair);
   if (filled.length > limits.texts_per_request) {
     const limit = count(limits.texts_per_request, "text");
-    throw new Error(`${count(filled.length, "text")}: the server takes at most ${limit} per request. Predict a file instead.`);
+    throw new Error(`${count(filled.length, "text")}: the server accepts at most ${limit} per request. Predict a file instead.`);
   }
   const bytes = new TextEncoder().encode(JSON.stringify(filled)).length + 1000;
   if (bytes > limits.body_bytes) {
-    throw new Error(`These texts have ${sizeOf(bytes)}; the server takes at most ${sizeOf(limits.body_bytes)}. Predict a file instead.`);
+    throw new Error(`These texts are ${sizeOf(bytes)}; the server accepts at most ${sizeOf(limits.body_bytes)}. Predict a file instead.`);
   }
   return filled;
 }
@@ -560,7 +560,7 @@ function heatMap(input, { tokens }, marks) {
     list.append(line);
   });
   markUnread(list, input, spans);
-  const scale = create("span", { className: "hint" }, `full colour: ${percent(largest)} or more`);
+  const scale = create("span", { className: "hint" }, `full color: ${percent(largest)} or more`);
   return [create("h4", {}, "Contribution of each token", scale), marks.list(list, "Contribution of each token")];
 }
 
@@ -651,7 +651,7 @@ function predictFile() {
   const error = !file
     ? "Choose a file."
     : file.size > limits.file_bytes
-      ? `${file.name} has ${sizeOf(file.size)}; the server takes at most ${sizeOf(limits.file_bytes)}. Split it.`
+      ? `${file.name} is ${sizeOf(file.size)}; the server accepts at most ${sizeOf(limits.file_bytes)}. Split it.`
       : "";
   showError("file-error", error, byId("file"));
   if (error) {
