@@ -104,16 +104,6 @@ def test_int8_export_agrees_with_float32_and_reports_both(run, capsys):
     assert accuracy == pytest.approx(np.mean(int8 == dataset.labels), abs=0.05)
 
 
-@pytest.mark.slow
-def test_int8_export_of_a_checkpoint_without_a_run_compares_only_the_latency(classifier_folder, tmp_path, capsys):
-    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
-    convert(str(classifier_folder), tmp_path / "out", "onnx", "int8")
-    printed = capsys.readouterr().out
-    assert f"no dev set to measure the accuracy on: {classifier_folder} is not part of a run" in printed
-    assert "int8" in printed
-    assert "accuracy 0" not in printed
-
-
 def test_quantization_without_onnxruntime_is_an_error_and_writes_nothing(classifier_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime.quantization", None)
     with pytest.raises(FunnelError, match=r"quantization requires the onnx extra .*pip install 'funnel-transformer\[onnx\]'"):

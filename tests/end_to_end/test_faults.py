@@ -112,10 +112,10 @@ def wait_for(process, path, since=0.0):
         time.sleep(0.0002)
 
 
-def test_a_run_killed_25_times_ends_with_the_same_result(workdir, start, finish, uninterrupted):
+def test_a_run_killed_12_times_ends_with_the_same_result(workdir, start, finish, uninterrupted):
     rng = random.Random(0)
     out, phases = workdir / "killed", {"before the first checkpoint": 0, "while saving": 0, "while training": 0}
-    for kill in range(25):
+    for kill in range(12):
         since = time.time()
         process = start(*COMMON, "--out", "killed", *(["--resume"] if (out / "run.json").exists() else []))
         if kill < 2:
@@ -138,8 +138,8 @@ def test_a_run_killed_25_times_ends_with_the_same_result(workdir, start, finish,
             phases["while saving" if is_saving else "while training"] += 1
     status, output = finish(start(*COMMON, "--out", "killed", "--resume"))
     assert status == 0, output
-    assert phases["while saving"] >= 5, phases
-    assert phases["while training"] >= 5, phases
+    assert phases["while saving"] >= 2, phases
+    assert phases["while training"] >= 2, phases
     assert is_same_run(out, uninterrupted)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in uninterrupted.iterdir())
 

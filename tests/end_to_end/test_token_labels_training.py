@@ -4,7 +4,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -82,25 +81,3 @@ def test_a_stopped_run_resumes_bit_for_bit(arguments, tmp_path, monkeypatch):
     assert train.main(["--resume", "--out", str(tmp_path / "stopped")]) == 0
     expected, actual = (load_checkpoint(tmp_path / name / "last").weights for name in ("whole", "stopped"))
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-@pytest.mark.slow
-def test_exports_have_the_outputs_of_the_model(arguments, tmp_path):
-    runtime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
-    transformers = pytest.importorskip("transformers", reason="needs the extra test")
-    options = [*arguments]
-    options[options.index("40")] = "2"
-    assert train.main([*options, "--out", str(tmp_path / "run")]) == 0
-    for target in ("onnx", "huggingface"):
-        assert main(["convert", str(tmp_path / "run"), str(tmp_path / target), "--to", target]) == 0
-    classifier = TokenClassifier.load(tmp_path / "run", "cpu", "fp32")
-    inputs = classifier.tokenizer(["i saw new york", "rome"])
-    with torch.no_grad():
-        expected = classifier.model(**inputs)
-        peer = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "huggingface").eval()
-        is_token = inputs["attention_mask"] == 1
-        torch.testing.assert_close(peer(**inputs).logits[is_token], expected[is_token], rtol=0, atol=1e-5)
-    session = runtime.InferenceSession(tmp_path / "onnx/model.onnx")
-    (logits,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-    assert logits.shape == expected.shape
-    np.testing.assert_allclose(logits[is_token], expected[is_token].numpy(), rtol=0, atol=1e-5)
