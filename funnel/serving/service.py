@@ -119,7 +119,7 @@ class Service:
             encodings = await self.in_pool(model.encode, inputs)
             logits = await asyncio.wrap_future(self.batcher.submit(model, encodings))
         if not logits.isfinite().all():
-            raise HTTPException(500, "the model's outputs are not finite; serve it with --dtype fp32, or train it again")
+            raise HTTPException(500, "the model's outputs are not finite; serve it with float32, or train it again")
         predictions = await self.in_pool(_format, model, logits, encodings)
         self.metrics.count(model.name, encodings)
         return {"model": model.name, "milliseconds": _milliseconds_since(started), "predictions": predictions}
