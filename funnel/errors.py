@@ -56,6 +56,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith(('s', 'x')) else 's'}"
 
 
+def shorten(text: str, length: int) -> str:
+    """The text on one line, cut to a number of characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 def exit_silently(status: int) -> NoReturn:
     """Ends a rank whose error another rank prints.
 

@@ -12,9 +12,7 @@ same function as `6`, and `4,1,1` the same as `4,2`: a last block of one layer c
 
 import argparse
 import json
-import math
 import shutil
-import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.studies.fit import Recipe, fit, score
-from benchmarks.studies.results import MINILM, ROOT, read_results, run_all, run_module, train
+from benchmarks.studies.results import MINILM, ROOT, describe_scores, read_results, run_all, run_module, train
 from funnel.data.tasks import get_task, locate_files
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.model.config import FunnelConfig
@@ -194,12 +192,6 @@ def relative_flops(blocks: str) -> float:
     with torch.device("meta"):
         bert = FunnelBaseModel(MINILM).eval()
     return 1.0 if blocks == BERT else total_flops(MINILM.replace(blocks=blocks), LENGTH) / count_flops(bert, LENGTH, 1)[""]
-
-
-def describe_scores(metric: str, values: list[float]) -> str:
-    """Mean and standard error in percent."""
-    error = f" ± {100 * statistics.stdev(values) / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
-    return f"{metric} {statistics.mean(values) * 100:.1f}{error}"
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

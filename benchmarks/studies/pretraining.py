@@ -12,7 +12,6 @@ them with cat).
 
 import argparse
 import math
-import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.studies.results import ROOT, environment, read_results, run_all, train
+from benchmarks.studies.results import ROOT, describe_scores, environment, read_results, run_all, train
 from funnel.data.tasks import get_task
 from funnel.model.checkpoint import load_checkpoint, save_weights
 from funnel.problems.metrics import LOWER_IS_BETTER
@@ -142,9 +141,7 @@ def describe(scores: list[dict[str, float]]) -> str:
     if not scores:
         return ""
     metric = next(iter(scores[0]))
-    values = [100 * score[metric] for score in scores]
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
-    return f"{metric} {statistics.mean(values):.1f}{error}"
+    return describe_scores(metric, [score[metric] for score in scores])
 
 
 def parse_arguments() -> argparse.Namespace:

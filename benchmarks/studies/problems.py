@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies.fit import CPU, Recipe, fit
-from benchmarks.studies.results import read_results, run_all, run_module
+from benchmarks.studies.results import describe_scores, read_results, run_all, run_module
 from funnel.data.dataset import IGNORED, Dataset
 from funnel.data.spans import END, START
 from funnel.data.tasks import Task
@@ -253,7 +253,7 @@ def table(results: list[Result]) -> str:
     for key in dict.fromkeys((r.task, r.epochs, r.model) for r in results):
         group = [r for r in results if (r.task, r.epochs, r.model) == key]
         task, epochs, model = key
-        scores = ", ".join(describe(name, [r.scores[name] for r in group]) for name in group[0].scores if name != "loss")
+        scores = ", ".join(describe_scores(name, [r.scores[name] for r in group]) for name in group[0].scores if name != "loss")
         minutes = statistics.mean(r.minutes for r in group)
         rate = statistics.mean(r.rows_per_second for r in group)
         memory = statistics.mean(r.memory_mib for r in group)
@@ -261,13 +261,6 @@ def table(results: list[Result]) -> str:
         costs = f"{minutes:.1f} | {rate:.0f} | {memory:.0f}"
         lines.append(f"| {task} | {epochs:g} | {shown} | {len(group)} | {scores} | {costs} |")
     return "\n".join(lines)
-
-
-def describe(name: str, values: list[float]) -> str:
-    """A metric with mean and standard error in percent."""
-    percents = [100 * value for value in values]
-    error = f" ± {statistics.stdev(percents) / math.sqrt(len(percents)):.1f}" if len(percents) > 1 else ""
-    return f"{name} {statistics.mean(percents):.1f}{error}"
 
 
 def parse_arguments() -> argparse.Namespace:

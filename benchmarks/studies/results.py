@@ -1,7 +1,9 @@
 """Runs of a study: starts train.py, and appends the result of each run to a .jsonl file as soon as it ends."""
 
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -62,6 +64,12 @@ def run_all(run: Callable[[Run], Any], runs: Iterable[Run], jobs: int, path: Pat
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The stored results; an empty list if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def describe_scores(metric: str, values: list[float]) -> str:
+    """Mean and standard error in percent."""
+    error = f" ± {100 * statistics.stdev(values) / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
+    return f"{metric} {statistics.mean(values) * 100:.1f}{error}"
 
 
 def train(arguments: Sequence[str], folder: Path, jobs: int) -> dict[str, float]:

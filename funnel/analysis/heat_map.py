@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from funnel.errors import shorten
+
 MAX_CLASSES = 300  # above this, cells would be too small
 MAX_ORDERED_CLASSES = 30  # up to this, classes keep their order and cells show their counts
 MAX_TITLES = 1500  # cells that show their count when pointed at: the ones with the largest counts
@@ -42,7 +44,7 @@ def draw_heat_map(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> str
     totals = confusion.sum(1)
     cells = [Cell(i, j, int(confusion[i, j]), float(confusion[i, j] / totals[i])) for i, j in np.argwhere(confusion).tolist()]
     size = SIZE / len(names)
-    margin = 8 + 0.56 * FONT_SIZE * max(len(_shorten(name)) for name in names)
+    margin = 8 + 0.56 * FONT_SIZE * max(len(shorten(name, MAX_NAME_LENGTH)) for name in names)
     width = margin + SIZE + 1
     numbers = "" if is_large else _draw_numbers(cells, size)
     return (
@@ -116,14 +118,9 @@ def _draw_names(names: Sequence[str], size: float) -> str:
     step = int(np.ceil(1.15 * FONT_SIZE / size))
     parts = []
     for i in range(0, len(names), step):
-        name, short = html.escape(names[i]), html.escape(_shorten(names[i]))
+        name, short = html.escape(names[i]), html.escape(shorten(names[i], MAX_NAME_LENGTH))
         middle = (i + 0.5) * size
         text = f'<path class="frame" d="M-3 0h3"/><text x="-5" y="{FONT_SIZE / 3:.0f}"><title>{name}</title>{short}</text>'
         parts.append(f'<g transform="translate(0 {middle:.1f})">{text}</g>')
         parts.append(f'<g transform="translate({middle:.1f} {SIZE:.0f}) rotate(-90)">{text}</g>')
     return f'<g class="names">{"".join(parts)}</g>'
-
-
-def _shorten(name: str) -> str:
-    name = " ".join(name.split())
-    return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from funnel.cli import answers, choices, tokens
 from funnel.cli.classifier import add_classifier_arguments, add_ensemble, load_classifier
 from funnel.cli.common import ArgumentParser, add_overwrite, align_columns, check_output, files_of_run
-from funnel.errors import FunnelError, plural
+from funnel.errors import FunnelError, plural, shorten
 
 if TYPE_CHECKING:
     from funnel.inference.classifier import Classifier
@@ -128,7 +128,7 @@ def _format_classes(errors: Mapping[str, Any]) -> str:
     rows = [["class", "precision", "recall", "f1", "support"]]
     for scores in [*shown, *errors["averages"]]:
         figures = [f"{scores[name]:.4f}" for name in ("precision", "recall", "f1")]
-        rows.append([_shorten(scores["label"], MAX_LABEL_LENGTH), *figures, f"{scores['examples']:,}"])
+        rows.append([shorten(scores["label"], MAX_LABEL_LENGTH), *figures, f"{scores['examples']:,}"])
     return title + align_columns(rows)
 
 
@@ -144,10 +144,10 @@ def _format_confusion(errors: Mapping[str, Any]) -> str:
     from funnel.analysis.runs import top_confusions
 
     labels, matrix = errors["labels"], errors["confusion"]
-    heading = [_shorten(label, MAX_HEADING_LENGTH) for label in labels]
+    heading = [shorten(label, MAX_HEADING_LENGTH) for label in labels]
     rows = [["label \\ prediction", *heading]]
     rows += [
-        [_shorten(label, MAX_LABEL_LENGTH), *(f"{count:,}" for count in counts)]
+        [shorten(label, MAX_LABEL_LENGTH), *(f"{count:,}" for count in counts)]
         for label, counts in zip(labels, matrix, strict=True)
     ]
     table = align_columns(rows)
@@ -158,8 +158,7 @@ def _format_confusion(errors: Mapping[str, Any]) -> str:
         return "no confusions"
     rows = [["label", "prediction", f"{errors['unit']}s"]]
     rows += [
-        [_shorten(label, MAX_LABEL_LENGTH), _shorten(predicted, MAX_LABEL_LENGTH), f"{n:,}"]
-        for n, label, predicted in confusions
+        [shorten(label, MAX_LABEL_LENGTH), shorten(predicted, MAX_LABEL_LENGTH), f"{n:,}"] for n, label, predicted in confusions
     ]
     return f"most frequent confusions\n{align_columns(rows)}"
 
@@ -179,11 +178,5 @@ def _format_errors(errors: Mapping[str, Any]) -> str:
             lines.append(f"label {label}, predicted {predicted}")
         else:
             lines.append(f"label {label:.7g}, predicted {predicted:.7g}")
-        lines.append("  " + (_shorten(mistake["text"], MAX_WIDTH - 2) or "(empty)"))
+        lines.append("  " + (shorten(mistake["text"], MAX_WIDTH - 2) or "(empty)"))
     return "\n".join(lines)
-
-
-def _shorten(text: str, length: int) -> str:
-    """The text on one line, cut to a number of characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"
