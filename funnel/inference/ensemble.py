@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funnel.data.dataset import Dataset
 from funnel.data.files import ExampleFile
 from funnel.errors import FunnelError, format_list
 from funnel.inference.classifier import Classifier
@@ -84,6 +85,14 @@ class Ensemble(Classifier):
         if isinstance(self.problem, MultiLabel):
             return F.logsigmoid(stacked).logsumexp(0) - F.logsigmoid(-stacked).logsumexp(0)
         return stacked.log_softmax(2).logsumexp(0) - math.log(len(stacked))
+
+    def run(self, dataset: Dataset) -> Tensor:
+        """Raises FunnelError, as does `evaluate`: the ids of a dataset are those of one tokenizer."""
+        raise FunnelError("an ensemble cannot run on an encoded dataset; use its logits or evaluate_file", "dataset")
+
+    def checked_results(self, dataset: Dataset, name: str) -> Tensor:
+        """As `run`."""
+        return self.run(dataset)
 
     def evaluate_file(
         self, source: ExampleFile, metrics: Sequence[str], labels: Mapping[str, str] | None = None

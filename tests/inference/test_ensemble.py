@@ -10,6 +10,7 @@ from conftest import tiny_config
 from funnel import Ensemble
 from funnel.cli.main import main
 from funnel.data.custom import ColumnChoice
+from funnel.data.encoding import encode_texts
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
 from funnel.inference.classifier import Classifier
@@ -92,6 +93,13 @@ def test_an_evaluation_has_the_loss_of_the_mean_prediction(changes, tmp_path):
         expected = -np.log(mean[targets]).mean() if not changes else -np.log(np.where(targets, mean, 1 - mean)).mean()
     assert scores["loss"] == pytest.approx(expected, rel=1e-5)
     assert errors["examples"] == len(rows)
+
+
+def test_an_encoded_dataset_is_an_error():
+    member = make_classifier(0)
+    dataset = encode_texts(TEXTS, None, member.tokenizer, 8)
+    with pytest.raises(FunnelError, match="an ensemble cannot run on an encoded dataset"):
+        Ensemble([member]).evaluate(dataset, ["accuracy"], "x")
 
 
 def test_each_classifier_truncates_as_in_its_training():
