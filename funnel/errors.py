@@ -1,9 +1,10 @@
 """Exceptions that commands report on one line instead of with a traceback, and helpers for messages."""
 
+import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 MAX_MESSAGE_LENGTH = 1000  # characters; a longer message is shortened in the middle
@@ -60,6 +61,20 @@ def shorten(text: str, length: int) -> str:
     """The text on one line, cut to a number of characters."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+@contextlib.contextmanager
+def requires_extra(extra: str, purpose: str, parameter: str | None = None) -> Iterator[None]:
+    """Raises FunnelError instead of the ImportError of a package that belongs to an extra of pyproject.toml.
+
+    Args:
+        purpose: what needs it, at the start of the message.
+    """
+    try:
+        yield
+    except ImportError as error:
+        install = f"run pip install 'funnel-transformer[{extra}]'"
+        raise FunnelError(f"{purpose} needs the extra {extra} ({error_reason(error)}); {install}", parameter) from None
 
 
 def exit_silently(status: int) -> NoReturn:

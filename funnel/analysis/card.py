@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from funnel.analysis.report import short_command
 from funnel.analysis.runs import Run, format_score, to_number, with_unit
 from funnel.data.tasks import CUSTOM, TASKS
-from funnel.errors import FunnelError, error_reason
+from funnel.errors import FunnelError, error_reason, requires_extra
 from funnel.io import read_json
 from funnel.model.checkpoint import CONFIG, Checkpoint, best_checkpoint, read_architecture
 from funnel.model.flops import total_flops
@@ -291,12 +291,8 @@ def render_card(run: Run) -> str:
     Raises:
         FunnelError: the extra `report` is not installed, or the run's files are damaged.
     """
-    try:
+    with requires_extra("report", "a model card"):
         import jinja2
-    except ImportError as error:
-        raise FunnelError(
-            f"a model card requires the report extra ({error_reason(error)}); run pip install 'funnel-transformer[report]'"
-        ) from None
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,

@@ -13,7 +13,7 @@ from funnel.analysis.figures import plot_calibration, plot_comparison, plot_loss
 from funnel.analysis.heat_map import MAX_CLASSES, MAX_ORDERED_CLASSES, draw_heat_map
 from funnel.analysis.learning_curves import plot_learning_curves
 from funnel.analysis.runs import Run, count_repetitions, group_by_settings, is_percentage, to_number, worst_classes
-from funnel.errors import FunnelError, error_reason, plural
+from funnel.errors import FunnelError, error_reason, plural, requires_extra
 
 MAX_MATRIX_CLASSES = 12  # above this, the confusion matrix is a heat map instead of a table
 MAX_WORST_CLASSES = 10  # with more classes than in a matrix, the ones that are not behind "all classes"
@@ -74,13 +74,9 @@ def render_page(runs: Sequence[Run]) -> str:
     Raises:
         FunnelError: the extra `report` is not installed, or a run's files are damaged.
     """
-    try:
+    with requires_extra("report", "the report"):
         import jinja2
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise FunnelError(
-            f"the report needs {error.name}, which is not installed; run pip install 'funnel-transformer[report]'"
-        ) from None
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

@@ -1,13 +1,12 @@
 """`funnel layout`: the cost of a layout and the origin of its layers, without training or building a model."""
 
 import argparse
-import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from funnel.cli.common import ArgumentParser, add_overwrite, align_columns, check_output
-from funnel.errors import FunnelError, format_list
+from funnel.errors import FunnelError, format_list, requires_extra
 
 if TYPE_CHECKING:
     from funnel.model.config import FunnelConfig
@@ -130,8 +129,8 @@ def _check_plot(path: Path, overwrite: bool) -> None:
     if path.suffix.lower() not in PLOT_FORMATS:
         raise FunnelError(f"plot {path}: unknown image format; expected a name in {format_list(PLOT_FORMATS)}", "plot")
     check_output(path, "plot", overwrite=overwrite)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise FunnelError("plot needs matplotlib; run pip install 'funnel-transformer[plot]'", "plot")
+    with requires_extra("plot", "plot", "plot"):
+        import matplotlib  # noqa: F401
 
 
 def plot_layout(config: "FunnelConfig", path: Path) -> None:

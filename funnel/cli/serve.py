@@ -6,7 +6,7 @@ from pathlib import Path
 
 from funnel.cli.classifier import add_device_arguments
 from funnel.cli.common import ArgumentParser, add_options
-from funnel.errors import FunnelError, plural
+from funnel.errors import plural, requires_extra
 from funnel.serving.settings import Settings, read_token
 
 
@@ -30,11 +30,8 @@ def serve(args: argparse.Namespace) -> None:
     given = vars(args)
     settings = Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings) if field.name in given})
     token = read_token(settings.token_file)
-    try:
+    with requires_extra("serve", "the server"):
         from funnel.serving import server
-    except ImportError as error:
-        message = f"the server needs {error.name}, which is not installed; run pip install 'funnel-transformer[serve]'"
-        raise FunnelError(message) from None
     import torch
 
     from funnel.serving.engines import load_models

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from funnel.errors import FunnelError, error_reason
+from funnel.errors import FunnelError, error_reason, requires_extra
 from funnel.io import os_errors
 
 MAX_LINE_BYTES = 2**26  # a file without line breaks, or a decompression bomb, must not exhaust the memory
@@ -316,12 +316,9 @@ def _open_parquet(path: Path) -> Iterator[Any]:
     Raises:
         FunnelError: pyarrow is not installed, or the file is damaged.
     """
-    try:
+    with requires_extra("parquet", str(path)):
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        hint = "run pip install 'funnel-transformer[parquet]'"
-        raise FunnelError(f"{path}: reading parquet needs pyarrow, which is not installed; {hint}") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file

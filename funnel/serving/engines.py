@@ -17,7 +17,7 @@ from funnel.data.dataset import Dataset
 from funnel.data.encoding import flatten_ids, measure_truncation, text_rows
 from funnel.data.files import ExampleFile
 from funnel.data.tokenizer import Encoding, FunnelTokenizer, truncate_pair
-from funnel.errors import FunnelError
+from funnel.errors import FunnelError, requires_extra
 from funnel.inference.classifier import Classifier, Prediction
 from funnel.inference.predictor import InputFormat, problem_name, run_folder
 from funnel.io import read_json
@@ -76,11 +76,8 @@ class OnnxClassifier(Classifier):
 
 
 def _open_session(path: Path) -> Any:
-    try:
+    with requires_extra("onnx", str(path)):
         import onnxruntime
-    except ImportError:
-        message = f"{path.parent}: an ONNX export needs onnxruntime, which is not installed"
-        raise FunnelError(f"{message}; run pip install 'funnel-transformer[onnx]'") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the other models need the cores

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from funnel.errors import FunnelError, error_reason
+from funnel.errors import FunnelError, error_reason, requires_extra
 from funnel.io import os_errors
 from funnel.options import option
 
@@ -161,16 +161,9 @@ MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 def check_trackers(args: TrackingArgs) -> None:
     """Raises FunnelError if a package that the chosen trackers need is not installed."""
     for name, module in MODULES.items():
-        if not getattr(args, name):
-            continue
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise FunnelError(
-                f"{name} needs the package {error.name or name}, which is not installed; "
-                f"run pip install 'funnel-transformer[{name}]'",
-                name,
-            ) from None
+        if getattr(args, name):
+            with requires_extra(name, name, name):
+                importlib.import_module(module)
 
 
 def open_trackers(args: TrackingArgs, run: TrackedRun) -> list[Tracker]:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funnel.data.tokenizer import DEFAULT_MAX_LENGTH
-from funnel.errors import FunnelError, error_reason
+from funnel.errors import FunnelError, requires_extra
 from funnel.io import write_json
 from funnel.model import checkpoint
 from funnel.model.checkpoint import Checkpoint
@@ -127,12 +127,8 @@ def check_can_quantize() -> None:
 
 
 def _import_extra(module: str, purpose: str) -> Any:
-    try:
+    with requires_extra("onnx", purpose):
         return importlib.import_module(module)
-    except ImportError as error:
-        raise FunnelError(
-            f"{purpose} requires the onnx extra ({error_reason(error)}); run pip install 'funnel-transformer[onnx]'"
-        ) from None
 
 
 def max_length(config: FunnelConfig) -> int:

@@ -106,7 +106,7 @@ def test_int8_export_agrees_with_float32_and_reports_both(run, capsys):
 
 def test_quantization_without_onnxruntime_is_an_error_and_writes_nothing(classifier_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime.quantization", None)
-    with pytest.raises(FunnelError, match=r"quantization requires the onnx extra .*pip install 'funnel-transformer\[onnx\]'"):
+    with pytest.raises(FunnelError, match=r"quantization needs the extra onnx .*pip install 'funnel-transformer\[onnx\]'"):
         convert(str(classifier_folder), tmp_path / "out", "onnx", "int8")
     assert not (tmp_path / "out").exists()
 

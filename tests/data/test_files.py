@@ -198,7 +198,7 @@ def test_parquet_file_is_read(tmp_path):
 def test_error_names_the_extra_that_parquet_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").touch()
-    with pytest.raises(FunnelError, match=r"a.parquet: reading parquet needs pyarrow.*'funnel-transformer\[parquet\]'"):
+    with pytest.raises(FunnelError, match=r"a.parquet needs the extra parquet .*pyarrow.*'funnel-transformer\[parquet\]'"):
         read(tmp_path / "a.parquet")
 
 

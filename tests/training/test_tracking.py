@@ -313,6 +313,6 @@ def test_a_missing_package_is_an_error_before_anything_is_read_or_written(name, 
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, module, None)
     args = TrainArgs(out=tmp_path / "run", **{name: True})
-    with pytest.raises(FunnelError, match=rf"{name} needs the package {module}, .*funnel-transformer\[{name}\]'"):
+    with pytest.raises(FunnelError, match=rf"{name} needs the extra {name} \(.*{module}.*\); .*funnel-transformer\[{name}\]'"):
         RunDir.open(args, Distributed(torch.device("cpu")))
     assert not (tmp_path / "run").exists()
