@@ -93,9 +93,9 @@ class Result(NamedTuple):
     """A run and what it measured.
 
     Attributes:
-        scores: on dev, by metric.
+        scores: on dev, by metric; for race by level and metric, such as "high accuracy".
         minutes: processor time of training, summed over threads.
-        rows_per_second: rows of the dev set per second of processor time; a row is a sentence, a window or a question.
+        rows_per_second: rows of the dev sets per second of processor time; a row is a sentence, a window or a question.
         memory_mib: peak resident memory of the process, including libraries.
     """
 
@@ -115,11 +115,15 @@ class Result(NamedTuple):
 
 
 class Data(NamedTuple):
-    """A task's encoded sets."""
+    """A task's encoded sets.
+
+    Attributes:
+        dev_sets: by what their metrics begin with, such as "high "; "" if there is only one.
+    """
 
     task: Task
     train_set: Dataset
-    dev_set: Dataset
+    dev_sets: dict[str, Dataset]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -146,33 +150,39 @@ def train_and_score(run: Run, data_path: Path, source: Path) -> Result:
     if run.model == BERT:
         trainer = hf_trainer(data, recipe, setting.head, source)
         train: Callable[[], Any] = trainer.train
-        evaluate = partial(hf_predict, trainer, data, recipe.problem)
+        evaluate = partial(hf_predict, trainer, problem=problem)
     else:
         built.calibrate(data.train_set)
         train = partial(fit, built.model, data.train_set, recipe)
-        evaluate = partial(funnel_predict, built, data, recipe)
+        evaluate = partial(funnel_predict, built, recipe=recipe)
     started = time.process_time()
     train()
     trained = time.process_time()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    results = evaluate()
+    results = {level: evaluate(dev_set) for level, dev_set in data.dev_sets.items()}
     seconds = time.process_time() - trained
-    scores = problem.score(results, data.dev_set, task.metrics)
-    return Result(*run, scores, (trained - started) / 60, len(data.dev_set) / seconds, memory)
+    scores: dict[str, float] = {}
+    for level, dev_set in data.dev_sets.items():
+        scores |= {level + name: score for name, score in problem.score(results[level], dev_set, task.metrics).items()}
+    n_rows = sum(len(dev_set) for dev_set in data.dev_sets.values())
+    return Result(*run, scores, (trained - started) / 60, n_rows / seconds, memory)
 
 
 def load_data(task: Task, built: BuiltModel, max_length: int) -> Data:
     """The encoded training and dev sets."""
-    sets = {split: encode_split(task, split, built.tokenizer, max_length) for split in ("train", "dev") if split in task.files}
-    if "dev" not in sets:
-        sets["train"], sets["dev"] = sets["train"].split(DEFAULT_DEV_SHARE, seed=0)
-    return Data(task, sets["train"], sets["dev"])
+    levels = {split: split.removeprefix("dev_") + " " for split in task.files if split.startswith("dev_")}
+    levels = levels or {split: "" for split in task.files if split == "dev"}
+    train_set = encode_split(task, "train", built.tokenizer, max_length)
+    dev_sets = {level: encode_split(task, split, built.tokenizer, max_length) for split, level in levels.items()}
+    if not dev_sets:
+        train_set, dev_sets[""] = train_set.split(DEFAULT_DEV_SHARE, seed=0)
+    return Data(task, train_set, dev_sets)
 
 
-def funnel_predict(built: BuiltModel, data: Data, recipe: Recipe) -> Tensor:
-    """What the problem keeps of the outputs on dev."""
+def funnel_predict(built: BuiltModel, dataset: Dataset, recipe: Recipe) -> Tensor:
+    """What the problem keeps of the outputs."""
     with autocast(CPU, recipe.dtype):
-        return predict(built.model, recipe.problem, data.dev_set)
+        return predict(built.model, recipe.problem, dataset)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
@@ -231,17 +241,17 @@ def hf_row(dataset: Dataset, row: int, head: str) -> dict[str, Any]:
     return {**values, **positions}
 
 
-def hf_predict(trainer: Any, data: Data, problem: Problem) -> Tensor:
-    """What the problem keeps of the Trainer's predictions on dev."""
+def hf_predict(trainer: Any, dataset: Dataset, problem: Problem) -> Tensor:
+    """What the problem keeps of the Trainer's predictions."""
     head = type(trainer.model).__name__.removeprefix("Bert")
-    output = trainer.predict(hf_rows(data.dev_set, head)).predictions
+    output = trainer.predict(hf_rows(dataset, head)).predictions
     logits = torch.from_numpy(np.stack(output, -1) if isinstance(output, tuple) else output).float()
     if logits.dim() < 3:
         return logits
-    width = data.dev_set.longest
+    width = dataset.longest
     logits = torch.nn.functional.pad(logits[:, :width], (0, 0, 0, max(0, width - logits.shape[1])))
     rows = np.split(np.arange(len(logits)), range(BATCH_SIZE, len(logits), BATCH_SIZE))
-    return torch.cat([problem.collect(logits[part], data.dev_set.batch(part, width).labels) for part in rows])
+    return torch.cat([problem.collect(logits[part], dataset.batch(part, width).labels) for part in rows])
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -253,7 +263,8 @@ def table(results: list[Result]) -> str:
     for key in dict.fromkeys((r.task, r.epochs, r.model) for r in results):
         group = [r for r in results if (r.task, r.epochs, r.model) == key]
         task, epochs, model = key
-        scores = ", ".join(describe_scores(name, [r.scores[name] for r in group]) for name in group[0].scores if name != "loss")
+        metrics = [name for name in group[0].scores if not name.endswith("loss")]
+        scores = ", ".join(describe_scores(name, [r.scores[name] for r in group]) for name in metrics)
         minutes = statistics.mean(r.minutes for r in group)
         rate = statistics.mean(r.rows_per_second for r in group)
         memory = statistics.mean(r.memory_mib for r in group)
