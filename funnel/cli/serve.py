@@ -45,10 +45,10 @@ def serve(args: argparse.Namespace) -> None:
         for model in models:
             description = model.describe()
             print(f"model {model.name}: {description['problem']}, layout {description['blocks']}, {model.engine}")
+        listener.listen(server.BACKLOG)  # before the address is printed: who reads it may connect
         access = "" if token is None else ", token required"
         print(
             f"serving on {server.url_of(listener)}{access}, {plural(torch.get_num_threads(), 'thread')}; Ctrl-C stops",
             flush=True,
         )
-        listener.listen(server.BACKLOG)
         server.run(service, listener)

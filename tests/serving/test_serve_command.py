@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -73,6 +74,21 @@ def test_missing_package_names_the_extra(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "the server needs the extra serve (import of uvicorn" in error
     assert error.endswith("; run pip install 'funnel-transformer[serve]'\n")
+
+
+def test_the_printed_address_accepts_connections(tmp_path, monkeypatch):
+    server = pytest.importorskip("funnel.serving.server", reason="needs the extra serve", exc_type=ImportError)
+    monkeypatch.setattr(server, "run", lambda service, listener: service.close())
+    urls = []
+
+    def connect(*lines: str, **_: bool) -> None:
+        if found := re.search(r"http://127\.0\.0\.1:(\d+)", lines[0]):
+            socket.create_connection(("127.0.0.1", int(found[1])), TIMEOUT).close()
+            urls.append(found[0])
+
+    monkeypatch.setattr("builtins.print", connect)
+    assert main(["serve", str(save_classifier(tmp_path / "reviews")), "--port", "0", "--device", "cpu"]) == 0
+    assert len(urls) == 1
 
 
 def test_token_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
