@@ -52,6 +52,7 @@ BATCHING = {"batched": "64", "one text at a time": "1"}  # --batch-size by name
 WARM_UP_SECONDS = 1.0
 MAX_GROWTH = 0.1  # of the memory after a quarter of the time
 MAX_GROWTH_BYTES = 50 * 2**20
+KERNEL_CACHE = "64"  # soak: oneDNN kernels, one per shape of a batch. By default 1,024, until which memory would grow
 
 
 # --- the compared server ----------------------------------------------------------------------------------------------
@@ -403,7 +404,7 @@ def soak(args: argparse.Namespace) -> None:
     column = (*classifier.inputs.columns, "text")[0]
     with tempfile.TemporaryDirectory() as temporary:
         command = ["funnel", "serve", str(args.run), "--port", "0", "--device", "cpu"]
-        with running(command, TMPDIR=temporary) as (process, url):
+        with running(command, TMPDIR=temporary, ONEDNN_PRIMITIVE_CACHE_CAPACITY=KERNEL_CACHE) as (process, url):
             test = Soak(url, examples, column)
             asyncio.run(run_soak(test, process, 60 * args.minutes))
             status = process.wait(60)
