@@ -17,7 +17,7 @@ from funnel.model.config import FunnelConfig, parse_blocks
 
 Run = TypeVar("Run")
 ROOT = Path(__file__).parents[2]
-MINILM = FunnelConfig(  # sizes of MiniLM-L6-H384, with which the stored results were measured
+MINILM = FunnelConfig(  # sizes of all-MiniLM-L6-v2, with which the stored results were measured
     blocks=parse_blocks("6"),
     num_decoder_layers=0,
     d_model=384,
