@@ -7,10 +7,10 @@
 
 The model BERT is transformers' BertFor..., with its data collator, Trainer, AdamW and linear schedule. All other models are
 layouts of the same weights, trained with train.py's loss, batches, optimizer and schedule. Both sides have the same rows,
-number of epochs, batch size, learning rate, warmup, weight decay, clipping and dtype, and their outputs are decoded and scored
-by the same functions. For squad, the data is one file, of which a tenth of the articles is the dev set. Each run is a separate
-process; times are processor time, which other processes on the machine hardly change. Results are appended to --results; runs
-that are already stored there are skipped. Needs the extra bench.
+number of epochs, batch size, learning rate, warmup, weight decay, clipping, dtype and allocator setting (train.py's), and their
+outputs are decoded and scored by the same functions. For squad, the data is one file, of which a tenth of the articles is the
+dev set. Each run is a separate process; times are processor time, which other processes on the machine hardly change. Results
+are appended to --results; runs that are already stored there are skipped. Needs the extra bench.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from funnel.errors import format_list
 from funnel.problems.base import Problem
 from funnel.problems.registry import PROBLEMS, encode_split
 from funnel.problems.task_args import DEFAULT_DEV_SHARE, TaskArgs, load_task
-from funnel.training.device import autocast, set_seed
+from funnel.training.device import autocast, keep_freed_memory, set_seed
 from funnel.training.evaluate import BATCH_SIZE, predict
 from funnel.training.loss import LossArgs
 from funnel.weights.build import BuiltModel, WeightsArgs, build_task_model
@@ -139,6 +139,7 @@ def start(run: Run, options: argparse.Namespace) -> Result:
 
 def train_and_score(run: Run, data_path: Path, source: Path) -> Result:
     """Trains and evaluates one model in this process."""
+    keep_freed_memory()  # as train.py does; also for transformers, which it makes faster
     setting = SETTINGS[run.task]
     task = load_task(TaskArgs(data=data_path) if data_path.is_file() else TaskArgs(task=run.task, data=data_path))
     set_seed(run.seed)  # for the new head
@@ -148,6 +149,7 @@ def train_and_score(run: Run, data_path: Path, source: Path) -> Result:
     problem.prepare(data.train_set, LossArgs())
     recipe = Recipe(setting.batch_size, run.epochs, setting.lr, run.seed, problem)
     if run.model == BERT:
+        del built
         trainer = hf_trainer(data, recipe, setting.head, source)
         train: Callable[[], Any] = trainer.train
         evaluate = partial(hf_predict, trainer, problem=problem)
@@ -259,10 +261,11 @@ def hf_predict(trainer: Any, dataset: Dataset, problem: Problem) -> Tensor:
 
 def table(results: list[Result]) -> str:
     """A Markdown table with one line per task and model: mean and standard error over seeds, in percent; costs."""
-    lines = ["| task | epochs | model | seeds | dev | training, minutes | rows per second | memory, MiB |", "|---" * 8 + "|"]
-    for key in dict.fromkeys((r.task, r.epochs, r.model) for r in results):
-        group = [r for r in results if (r.task, r.epochs, r.model) == key]
-        task, epochs, model = key
+    columns = "weights", "task", "epochs", "model", "seeds", "dev", "training, minutes", "rows per second", "memory, MiB"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for key in dict.fromkeys((r.weights, r.task, r.epochs, r.model) for r in results):
+        group = [r for r in results if (r.weights, r.task, r.epochs, r.model) == key]
+        weights, task, epochs, model = key
         metrics = [name for name in group[0].scores if not name.endswith("loss")]
         scores = ", ".join(describe_scores(name, [r.scores[name] for r in group]) for name in metrics)
         minutes = statistics.mean(r.minutes for r in group)
@@ -270,7 +273,7 @@ def table(results: list[Result]) -> str:
         memory = statistics.mean(r.memory_mib for r in group)
         shown = model if model == BERT else f"`{model}`"
         costs = f"{minutes:.1f} | {rate:.0f} | {memory:.0f}"
-        lines.append(f"| {task} | {epochs:g} | {shown} | {len(group)} | {scores} | {costs} |")
+        lines.append(f"| {weights} | {task} | {epochs:g} | {shown} | {len(group)} | {scores} | {costs} |")
     return "\n".join(lines)
 
 

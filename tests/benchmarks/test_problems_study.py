@@ -49,4 +49,8 @@ def test_choices_are_separate_lists_without_padding(tmp_path: Path) -> None:
 def test_the_table_has_means_over_seeds() -> None:
     results = [Result("minilm", "race", "BERT", seed, 2.0, {"loss": 1.0, "accuracy": a}, 2.0, 10.0, 900.0)
                for seed, a in ((0, 0.5), (1, 0.7))]  # fmt: skip
-    assert table(results).splitlines()[2] == "| race | 2 | BERT | 2 | accuracy 60.0 ± 10.0 | 2.0 | 10 | 900 |"
+    other = results[0]._replace(weights="mpnet")
+    assert table([*results, other]).splitlines()[2:] == [
+        "| minilm | race | 2 | BERT | 2 | accuracy 60.0 ± 10.0 | 2.0 | 10 | 900 |",
+        "| mpnet | race | 2 | BERT | 1 | accuracy 50.0 | 2.0 | 10 | 900 |",
+    ]
