@@ -277,7 +277,7 @@ class Soak:
         while True:
             try:
                 await step(connection)
-            except (OSError, asyncio.IncompleteReadError) as error:
+            except (OSError, asyncio.IncompleteReadError, ValueError) as error:
                 if self.is_stopping:  # it no longer accepts requests
                     connection.close()
                     return

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from funnel.data.dataset import Dataset
-from funnel.errors import FunnelError, plural
+from funnel.errors import FunnelError, error_reason, plural, requires_extra
 from funnel.inference.predictor import run_folder, run_record
 from funnel.problems.base import Problem
 from funnel.problems.registry import encode_split, problem_of
@@ -89,19 +89,42 @@ def compare_graphs(files: Mapping[str, Path], dev: DevSet | None) -> str:
             f"{path.stat().st_size / 1e6:.1f} MB",
         ]
         if dev is not None:
-            measured.insert(0, format_scores(dev.problem.score(_predict(session, dev), dev.dataset, dev.metrics)))
+            results = run_graph(session, dev.problem, dev.dataset)
+            measured.insert(0, format_scores(dev.problem.score(results, dev.dataset, dev.metrics)))
         lines.append(f"{name:<9} {', '.join(measured)}")
         del session
     return "\n".join([*lines, f"{'':<9} {note}, {plural(torch.get_num_threads(), 'thread')}"])
 
 
-def open_session(path: Path) -> Any:
-    """An onnxruntime session on the CPU with as many threads as PyTorch."""
-    import onnxruntime
+def open_session(path: Path, spin: bool = True) -> Any:
+    """An onnxruntime session on the CPU with as many threads as PyTorch.
 
+    Args:
+        spin: whether its threads keep a core busy for a while after each call, which makes the next one faster.
+
+    Raises:
+        FunnelError: the extra "onnx" is not installed, or the file cannot be loaded.
+    """
+    with requires_extra("onnx", str(path)):
+        import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common base class
+        raise FunnelError(f"{path}: onnxruntime cannot load it ({error_reason(error)})") from None
+
+
+def run_graph(session: Any, problem: Problem, dataset: Dataset) -> Tensor:
+    """What the problem keeps of a graph's outputs for all rows, as in `funnel.training.evaluate.predict`."""
+    batches = list(dataset.evaluation_batches(BATCH_SIZE))
+    outputs = []
+    for rows in batches:
+        batch = dataset.batch(rows)
+        logits = torch.from_numpy(session.run(None, {name: batch.inputs[name].numpy() for name in INPUTS})[0])
+        outputs.append(pad_tokens(problem.collect(logits, batch.labels), batch.inputs[INPUTS[0]].shape[1], dataset.longest))
+    return torch.cat(outputs)[np.argsort(np.concatenate(batches))]
 
 
 def _feed(dataset: Dataset, rows: np.ndarray) -> Feed:
@@ -122,15 +145,3 @@ def _median_milliseconds(session: Any, texts: list[Feed]) -> float:
         session.run(None, text)
         times.append(time.perf_counter() - started)
     return 1e3 * statistics.median(times[NUM_WARMUP:])
-
-
-def _predict(session: Any, dev: DevSet) -> Tensor:
-    """What the problem keeps of the outputs for all rows, as in `funnel.training.evaluate.predict`."""
-    batches = list(dev.dataset.evaluation_batches(BATCH_SIZE))
-    outputs = []
-    for rows in batches:
-        batch = dev.dataset.batch(rows)
-        logits = torch.from_numpy(session.run(None, {name: batch.inputs[name].numpy() for name in INPUTS})[0])
-        kept = dev.problem.collect(logits, batch.labels)
-        outputs.append(pad_tokens(kept, batch.inputs[INPUTS[0]].shape[1], dev.dataset.longest))
-    return torch.cat(outputs)[np.argsort(np.concatenate(batches))]

@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
+import warnings
 from pathlib import Path
 
 from funnel.cli.classifier import add_device_arguments
 from funnel.cli.common import ArgumentParser, add_options
 from funnel.errors import plural, requires_extra
-from funnel.serving.settings import Settings, read_token
+from funnel.serving.settings import TOKEN_VARIABLE, Settings, read_token
 
 
 def add_serve(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None:
@@ -38,7 +39,9 @@ def serve(args: argparse.Namespace) -> None:
     from funnel.serving.service import Service
 
     with server.bind(settings) as listener:
-        server.warn_if_open(listener, token)
+        if token is None and not server.is_loopback(listener):
+            hint = f"set {TOKEN_VARIABLE} or --token-file"
+            warnings.warn(f"anyone who can reach {server.url_of(listener)} can use this server; {hint}", stacklevel=1)
         models = load_models(args.runs, given.get("device"), given.get("dtype"))
         service = Service(models, settings, token, only_local=token is None and server.is_loopback(listener))
         service.start()

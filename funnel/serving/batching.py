@@ -1,8 +1,8 @@
 """Batches the texts of concurrent requests.
 
 One thread runs all models: a forward pass uses all cores anyway, and an explanation must run alone. It takes the waiting texts
-of one model, groups them by length, and runs one forward pass per group. Texts of files run only when no request is waiting,
-or after `MAX_BACKGROUND_WAIT`.
+of one model, groups them by length, and runs one forward pass per group. Texts of files run only when no request is waiting;
+otherwise one batch of them after every `MAX_BACKGROUND_WAIT`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from funnel.serving.metrics import Metrics
 MAX_BACKGROUND_WAIT = 1.0  # seconds
 # Fixed cost of a forward pass, in tokens: if there would be more padding than this, another forward pass is cheaper. Measured
 # with six layers on one core: 35 to 50 tokens for a d_model of 384 and 768, 200 for 128.
-PASS_TOKENS = {"cpu": 64}
+PASS_TOKENS_CPU = 64
 PASS_TOKENS_ACCELERATOR = 4096
 
 logger = logging.getLogger(__name__)
@@ -35,24 +35,17 @@ class WorkFailedError(Exception):
     """A forward pass failed, or the server was closed before it; the reason has been logged."""
 
 
-class _Job:
-    """A call of the worker thread, or texts to predict.
+class _Work:
+    """What the worker thread does for a caller.
 
     Attributes:
-        future: of the logits, [n, k], or of the call's result.
-        n_taken: number of texts that are in a batch, or done.
+        future: of its result.
+        waiting_since: when it was queued, or when a batch was last taken from a file.
     """
 
-    def __init__(self, model: ServedModel | None, encodings: Sequence[Encoding], call: Callable[[], Any] | None = None) -> None:
-        self.model, self.encodings, self.call = model, encodings, call
+    def __init__(self) -> None:
         self.future: Future[Any] = Future()
-        self.arrived = time.monotonic()
-        self.n_taken = 0
-        self._rows: dict[int, Tensor] = {}
-
-    @property
-    def n_waiting(self) -> int:
-        return len(self.encodings) - self.n_taken
+        self.waiting_since = time.monotonic()
 
     def finish(self, result: Any) -> None:
         with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
@@ -61,6 +54,32 @@ class _Job:
     def fail(self, error: Exception) -> None:
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
+
+
+class _Call(_Work):
+    """A function to call."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+
+class _Job(_Work):
+    """Texts to predict; the result is their logits, [n, k].
+
+    Attributes:
+        n_taken: number of texts that are in a batch, or done.
+    """
+
+    def __init__(self, model: ServedModel, encodings: Sequence[Encoding]) -> None:
+        super().__init__()
+        self.model, self.encodings = model, encodings
+        self.n_taken = 0
+        self._rows: dict[int, Tensor] = {}
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self.encodings) - self.n_taken
 
     def put(self, number: int, row: Tensor) -> None:
         """Stores the logits of a text, [k]; the last one completes the job."""
@@ -90,8 +109,8 @@ class Batcher:
 
     def __init__(self, batch_size: int, batch_wait: float, metrics: Metrics) -> None:
         self.batch_size, self.batch_wait, self.metrics = batch_size, batch_wait, metrics
-        self._interactive: deque[_Job] = deque()
-        self._background: deque[_Job] = deque()
+        self._interactive: deque[_Call | _Job] = deque()
+        self._background: deque[_Call | _Job] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
         self._n_jobs_before = 1
@@ -123,32 +142,31 @@ class Batcher:
         Returns:
             The future of its result. It raises WorkFailedError if the function fails; a FunnelError is passed on.
         """
-        return self._add(_Job(None, (), function), self._interactive)
+        return self._add(_Call(function), self._interactive)
 
-    def _add(self, job: _Job, queue: deque[_Job]) -> "Future[Any]":
+    def _add(self, work: _Call | _Job, queue: deque[_Call | _Job]) -> "Future[Any]":
         with self._changed:
             if self._is_closed:
-                job.fail(WorkFailedError("the server is shutting down"))
+                work.fail(WorkFailedError("the server is shutting down"))
             else:
-                queue.append(job)
+                queue.append(work)
                 self._changed.notify()
-        return job.future
+        return work.future
 
     # --- the worker thread --------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while work := self._next():
-            if isinstance(work, _Job):
+            if isinstance(work, _Call):
                 self._run_call(work)
                 continue
-            for group in group_by_length(
-                [len(text.encoding.input_ids) for text in work], self.batch_size, self._pass_tokens(work)
-            ):
+            pass_tokens = PASS_TOKENS_CPU if work[0].job.model.device_type == "cpu" else PASS_TOKENS_ACCELERATOR
+            for group in group_by_length([len(text.encoding.input_ids) for text in work], self.batch_size, pass_tokens):
                 self._run_batch([text for text in (work[i] for i in group) if not text.job.future.done()])
-        for job in (*self._interactive, *self._background):
-            job.fail(WorkFailedError("the server is shutting down"))
+        for left in (*self._interactive, *self._background):
+            left.fail(WorkFailedError("the server is shutting down"))
 
-    def _next(self) -> "_Job | list[_Text] | None":
+    def _next(self) -> _Call | list[_Text] | None:
         """Waits for work; None when the batcher is closed."""
         with self._changed:
             while not self._is_closed:
@@ -157,36 +175,41 @@ class Batcher:
                     self._changed.wait()
                     continue
                 first = queue[0]
-                if first.call is not None:
-                    return queue.popleft()
-                remaining = first.arrived + self.batch_wait - time.monotonic()
+                if isinstance(first, _Call):
+                    queue.popleft()
+                    return first
+                remaining = first.waiting_since + self.batch_wait - time.monotonic()
                 is_alone = self._n_jobs_before <= 1 or queue is self._background
                 if is_alone or remaining <= 0 or self._count_waiting(queue, first.model) >= self.batch_size:
                     # A request never waits for more than one batch of a file.
-                    if texts := self._take(queue, self.batch_size * (1 if queue is self._background else 2)):
+                    if texts := self._take(queue, first.model, self.batch_size * (1 if queue is self._background else 2)):
+                        if queue is self._background:
+                            first.waiting_since = time.monotonic()
                         return texts
                     continue  # the jobs have been cancelled in the meantime
                 self._changed.wait(remaining)
             return None
 
-    def _choose_queue(self) -> deque[_Job] | None:
+    def _choose_queue(self) -> deque[_Call | _Job] | None:
         """The queue to take work from; removes cancelled jobs."""
         for queue in (self._interactive, self._background):
             while queue and queue[0].future.done():
                 queue.popleft()
-        if self._background and (not self._interactive or time.monotonic() - self._background[0].arrived > MAX_BACKGROUND_WAIT):
-            return self._background
+        if self._background:
+            waited = time.monotonic() - self._background[0].waiting_since
+            if not self._interactive or waited > MAX_BACKGROUND_WAIT:
+                return self._background
         return self._interactive or None
 
-    def _count_waiting(self, queue: deque[_Job], model: ServedModel | None) -> int:
-        return sum(job.n_waiting for job in queue if job.model is model)
+    def _count_waiting(self, queue: deque[_Call | _Job], model: ServedModel) -> int:
+        return sum(job.n_waiting for job in queue if isinstance(job, _Job) and job.model is model)
 
-    def _take(self, queue: deque[_Job], limit: int) -> list[_Text]:
-        """Takes up to `limit` texts of the first job's model, in the order of arrival."""
+    def _take(self, queue: deque[_Call | _Job], model: ServedModel, limit: int) -> list[_Text]:
+        """Takes up to `limit` texts for a model, in the order of arrival."""
         texts: list[_Text] = []
-        model, jobs = queue[0].model, 0
+        jobs = 0
         for job in list(queue):
-            if job.model is not model or job.future.done():
+            if not isinstance(job, _Job) or job.model is not model or job.future.done():
                 continue
             end = min(len(job.encodings), job.n_taken + limit - len(texts))
             texts += [_Text(job, number) for number in range(job.n_taken, end)]
@@ -198,16 +221,10 @@ class Batcher:
         self._n_jobs_before = jobs
         return texts
 
-    def _pass_tokens(self, texts: Sequence[_Text]) -> int:
-        model = texts[0].job.model
-        assert model is not None, "calls have no texts"
-        return PASS_TOKENS.get(model.device_type, PASS_TOKENS_ACCELERATOR)
-
     def _run_batch(self, texts: Sequence[_Text]) -> None:
         if not texts:
             return
         model = texts[0].job.model
-        assert model is not None, "calls have no texts"
         try:
             rows = list(zip(texts, model.logits([text.encoding for text in texts]), strict=True))
         except Exception:
@@ -219,15 +236,14 @@ class Batcher:
         for text, row in rows:
             text.job.put(text.number, row)
 
-    def _run_call(self, job: _Job) -> None:
-        assert job.call is not None, "texts are run in batches"
+    def _run_call(self, call: _Call) -> None:
         try:
-            job.finish(job.call())
+            call.finish(call.function())
         except FunnelError as error:
-            job.fail(error)
+            call.fail(error)
         except Exception:
             logger.exception("an explanation failed")
-            job.fail(WorkFailedError("the explanation failed; the server's log says why"))
+            call.fail(WorkFailedError("the explanation failed; the server's log says why"))
 
 
 def group_by_length(lengths: Sequence[int], batch_size: int, pass_tokens: int) -> list[list[int]]:

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funnel.analysis.onnx_report import open_session, run_graph
 from funnel.analysis.rollout import explain
 from funnel.data.custom import ColumnChoice
 from funnel.data.dataset import Dataset
 from funnel.data.encoding import flatten_ids, measure_truncation, text_rows
 from funnel.data.files import ExampleFile
 from funnel.data.tokenizer import Encoding, FunnelTokenizer, truncate_pair
-from funnel.errors import FunnelError, requires_extra
+from funnel.errors import FunnelError
 from funnel.inference.classifier import Classifier, Prediction
 from funnel.inference.predictor import InputFormat, problem_name, run_folder
 from funnel.io import read_json
@@ -27,10 +28,10 @@ from funnel.model.heads import FunnelForSequenceClassification
 from funnel.model.pooling import block_lengths
 from funnel.problems.registry import PROBLEMS
 from funnel.training.device import choose_device
-from funnel.training.evaluate import BATCH_SIZE
 from funnel.weights.export import INPUTS
 
 ONNX_FILE = "model.onnx"
+NOT_FINITE = "the model's outputs are not finite; serve it with float32, or train it again"
 WARM_UP_LENGTHS = (4, 16, 64)  # words
 
 
@@ -51,7 +52,7 @@ class OnnxClassifier(Classifier):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.session = _open_session(folder / ONNX_FILE)
+        self.session = open_session(folder / ONNX_FILE, spin=False)  # other models need the cores
         config = FunnelConfig.from_dict(read_json(folder / CONFIG), str(folder / CONFIG))
         shapes = [len(node.shape) for node in (*self.session.get_inputs(), *self.session.get_outputs())]
         if shapes != [2] * (len(INPUTS) + 1):  # [b, l] each, and [b, k]; models of tokens and choices have three dimensions
@@ -60,31 +61,12 @@ class OnnxClassifier(Classifier):
         tokenizer.check_vocab_size(config.vocab_size, folder)
         with torch.device("meta"):
             model = FunnelForSequenceClassification(config)
-        super().__init__(
-            model, tokenizer, InputFormat(config.model_max_length or InputFormat().max_length, config.text_columns)
-        )
+        super().__init__(model, tokenizer, InputFormat.of_checkpoint(config, folder))
 
     def run(self, dataset: Dataset) -> Tensor:
         """As `Predictor.run`."""
         self.n_truncated += dataset.truncation.texts
-        logits = torch.empty(len(dataset), self.model.config.num_labels)
-        for rows in dataset.evaluation_batches(BATCH_SIZE):
-            inputs = dataset.batch(rows).inputs
-            (outputs,) = self.session.run(None, {name: inputs[name].numpy() for name in INPUTS})
-            logits[torch.from_numpy(rows)] = torch.from_numpy(outputs)
-        return logits
-
-
-def _open_session(path: Path) -> Any:
-    with requires_extra("onnx", str(path)):
-        import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the other models need the cores
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors have no common base class
-        raise FunnelError(f"{path}: onnxruntime cannot load it ({' '.join(str(error).split())[:200]})") from None
+        return run_graph(self.session, self.problem, dataset)
 
 
 class ServedModel:

@@ -24,7 +24,7 @@ from funnel.errors import FunnelError
 from funnel.inference.classifier import Prediction
 from funnel.inference.predictions import write_predictions
 from funnel.serving.batching import Batcher, WorkFailedError
-from funnel.serving.engines import Input, ServedModel
+from funnel.serving.engines import NOT_FINITE, Input, ServedModel
 from funnel.serving.metrics import Metrics
 
 FORMATS = (".csv", ".tsv", ".jsonl")
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class TooManyFilesError(Exception):
-    """`MAX_FILES` files are waiting for their predictions."""
+    """`MAX_FILES` files are being uploaded or waiting for their predictions."""
 
 
 class _CancelledError(Exception):
@@ -114,30 +114,28 @@ class FileJobs:
         self._jobs.clear()
 
     def create(self, model: ServedModel, name: str) -> FileJob:
-        """Creates the folder of a file that is being uploaded. It is kept once it is passed to `enqueue`.
+        """Creates the folder of a file that is being uploaded. Must be followed by `enqueue` or `discard`.
 
         Args:
             name: the client's name of the file.
 
         Raises:
             FunnelError: the format is not supported.
-            TooManyFilesError: `MAX_FILES` files are waiting for their predictions.
+            TooManyFilesError: `MAX_FILES` files are being uploaded or waiting for their predictions.
         """
         name = re.sub(r"[^\w.() -]", "_", re.split(r"[/\\]", name)[-1])[-MAX_NAME_LENGTH:].strip(". ")
         if not name.lower().endswith(FORMATS):
             raise FunnelError(f"{name or 'the file'}: unknown format; expected a name that ends in {', '.join(FORMATS)}")
         self.purge()
-        if len(self._jobs) >= MAX_FILES:
-            ended = [job for job in self._jobs.values() if job.ended_at is not None]
-            if not ended:
-                raise TooManyFilesError
-            self.forget(ended[0])
+        if sum(job.ended_at is None for job in self._jobs.values()) >= MAX_FILES:
+            raise TooManyFilesError
         job = FileJob(model, self._folder, name)
         job.path.parent.mkdir()
+        self._jobs[job.id] = job
         return job
 
     def enqueue(self, job: FileJob, text_column: str | None, pair_column: str | None) -> None:
-        """Checks the columns of an uploaded file and queues it.
+        """Checks the columns of an uploaded file and queues it; the oldest processed file may have to make room for it.
 
         Raises:
             FunnelError: a column is missing, or the model does not take pairs, or needs them.
@@ -146,11 +144,14 @@ class FileJobs:
             job.source = job.model.open_file(job.path, text_column, pair_column)
         except FunnelError as error:
             raise FunnelError(job.message(error)) from None
-        self._jobs[job.id] = job
+        ended = [job for job in self._jobs.values() if job.ended_at is not None]
+        if ended and len(self._jobs) > MAX_FILES:
+            self.forget(ended[0])
         self._worker.submit(self._process, job)
 
     def discard(self, job: FileJob) -> None:
-        """Deletes a file that is not queued."""
+        """Deletes a file that is neither queued nor being processed."""
+        self._jobs.pop(job.id, None)
         shutil.rmtree(job.path.parent, ignore_errors=True)
 
     def get(self, id: str) -> FileJob | None:
@@ -178,14 +179,16 @@ class FileJobs:
         assert job.source is not None, "enqueue opened it"
         try:
             job.status = "running"
+            total = 0
             for _ in job.source.rows():  # also finds malformed rows
                 if job.cancelled.is_set():
                     raise _CancelledError
-                job.total += 1
+                total += 1
+            job.total = total
             write_predictions(self._predict(job, job.source), job.source, job.output)
             job.end("done")
         except _CancelledError:
-            job.end("cancelled")
+            pass  # no client can see the file any more
         except FunnelError as error:
             job.end("failed", job.message(error))
         except WorkFailedError as error:
@@ -204,6 +207,8 @@ class FileJobs:
         while chunk := list(itertools.islice(rows, CHUNK_SIZE)):
             encodings = job.model.encode([Input(row.text, row.pair) for row in chunk])
             logits = _wait(self.batcher.submit(job.model, encodings, background=True), job)
+            if not logits.isfinite().all():
+                raise FunnelError(NOT_FINITE)
             self.metrics.count(job.model.name, encodings)
             for row, values in zip(chunk, logits, strict=True):
                 yield row, job.model.classifier.to_prediction(values)

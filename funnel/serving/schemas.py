@@ -115,7 +115,7 @@ class FileCreated(BaseModel):
 class FileStatus(BaseModel):
     """The progress of a file."""
 
-    status: Literal["queued", "running", "done", "failed", "cancelled"]
+    status: Literal["queued", "running", "done", "failed"]
     done: int = Field(description="number of rows predicted")
     total: int = Field(description="number of rows; 0 until they have been counted")
     detail: str | None = Field(description="why it failed")

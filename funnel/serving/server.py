@@ -4,7 +4,6 @@ import ipaddress
 import logging
 import signal
 import socket
-import warnings
 from types import FrameType
 
 import uvicorn
@@ -13,7 +12,7 @@ from fastapi import FastAPI
 from funnel.errors import FunnelError, error_reason
 from funnel.serving.app import create_app
 from funnel.serving.service import Service
-from funnel.serving.settings import TOKEN_VARIABLE, Settings
+from funnel.serving.settings import Settings
 
 BACKLOG = 2048  # connections that wait to be accepted
 SHUTDOWN_SECONDS = 20  # for requests that are being processed
@@ -49,13 +48,6 @@ def url_of(listener: socket.socket) -> str:
 def is_loopback(listener: socket.socket) -> bool:
     """Whether only programs on this machine can connect."""
     return ipaddress.ip_address(listener.getsockname()[0].split("%")[0]).is_loopback
-
-
-def warn_if_open(listener: socket.socket, token: str | None) -> None:
-    """Warns if other machines can connect without a token."""
-    if token is None and not is_loopback(listener):
-        message = f"anyone who can reach {url_of(listener)} can use this server; set {TOKEN_VARIABLE} or token_file"
-        warnings.warn(message, stacklevel=2)
 
 
 class _Server(uvicorn.Server):

@@ -14,7 +14,7 @@ from torch import Tensor
 from funnel.data.tokenizer import Encoding
 from funnel.errors import FunnelError
 from funnel.serving.batching import Batcher, WorkFailedError
-from funnel.serving.engines import Input, ServedModel
+from funnel.serving.engines import NOT_FINITE, Input, ServedModel
 from funnel.serving.files import FileJobs
 from funnel.serving.guard import CLIENT_DISCONNECTED, RETRY_SECONDS
 from funnel.serving.metrics import Metrics
@@ -119,7 +119,7 @@ class Service:
             encodings = await self.in_pool(model.encode, inputs)
             logits = await asyncio.wrap_future(self.batcher.submit(model, encodings))
         if not logits.isfinite().all():
-            raise HTTPException(500, "the model's outputs are not finite; serve it with float32, or train it again")
+            raise HTTPException(500, NOT_FINITE)
         predictions = await self.in_pool(_format, model, logits, encodings)
         self.metrics.count(model.name, encodings)
         return {"model": model.name, "milliseconds": _milliseconds_since(started), "predictions": predictions}

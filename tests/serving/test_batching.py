@@ -143,6 +143,15 @@ def test_files_are_computed_even_if_requests_never_stop(batcher, busy, monkeypat
     assert busy.batches == [[1], [9], [2]]
 
 
+def test_one_batch_of_a_file_that_has_waited_runs_before_the_requests(batcher, busy):
+    file = batcher.submit(busy, texts(*[9] * 9), background=True)
+    request = batcher.submit(busy, texts(2))
+    batcher._background[0].waiting_since -= 2 * batching.MAX_BACKGROUND_WAIT
+    busy.may_run.set()
+    assert (result(file), result(request)) == ([9] * 9, [2])
+    assert busy.batches == [[1], [9] * 4, [2], [9] * 4, [9]]
+
+
 def test_after_a_batch_of_several_requests_the_next_one_waits_for_more():
     batcher, stub = Batcher(4, TIMEOUT, Metrics()), Stub("stub")
     batcher._n_jobs_before = 2

@@ -155,5 +155,5 @@ def test_damaged_onnx_file_is_an_error(tmp_path):
 def test_missing_onnxruntime_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "model.onnx").touch()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(FunnelError, match=r"needs onnxruntime.*'funnel-transformer\[onnx\]'"):
+    with pytest.raises(FunnelError, match=r"needs the extra onnx \(.*onnxruntime.*'funnel-transformer\[onnx\]'"):
         load_models([tmp_path])

@@ -61,6 +61,7 @@ def test_server_that_others_can_reach_without_a_token_is_a_warning(capsys):
     assert main(["serve", "/nope", "--port", "0", "--host", "0.0.0.0"]) == 2
     warning, error = capsys.readouterr().err.splitlines()
     assert warning.startswith("funnel: warning: anyone who can reach http://0.0.0.0:")
+    assert warning.endswith(" can use this server; set FUNNEL_SERVE_TOKEN or --token-file")
     assert error == "funnel: error: /nope: no such folder"
 
 

@@ -57,6 +57,10 @@ def client(service) -> Iterator[TestClient]:
         yield client
 
 
+PREDICT_SCOPE = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b"", "root_path": "",
+                 "headers": [(b"content-type", b"application/json")]}  # fmt: skip
+
+
 def predict(client: TestClient, *texts: str, **fields) -> list[dict]:
     response = client.post("/v1/predict", json={"inputs": [{"text": text} for text in texts], **fields})
     assert response.status_code == 200, response.text
@@ -140,15 +144,19 @@ def test_invalid_request_is_one_line(client, body, headers, status, detail):
     assert "\n" not in response.json()["detail"]
 
 
-def test_size_of_a_body_is_limited_while_it_is_read(client):
-    sent = []
+def test_size_of_a_body_is_limited_while_it_is_read(models):
+    received, sent = [], []
 
-    def parts():
-        for _ in range(100):
-            sent.append(1)
-            yield b" " * 1000
+    async def receive():
+        received.append(1000)
+        return {"type": "http.request", "body": b" " * 1000, "more_body": True}
 
-    assert client.post("/v1/predict", content=parts(), headers=JSON).status_code == 413
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(create_app(Service(models[:1], Settings(max_body=0.01)))(PREDICT_SCOPE, receive, send))
+    assert sent[0]["status"] == 413
+    assert 10_485 < sum(received) <= 12_000
 
 
 @pytest.mark.parametrize(
@@ -297,9 +305,7 @@ def test_body_that_does_not_arrive_is_408(models):
         async def send(message):
             sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b"", "root_path": "",
-                 "headers": [(b"content-type", b"application/json")]}  # fmt: skip
-        await create_app(service)(scope, receive, send)
+        await create_app(service)(PREDICT_SCOPE, receive, send)
         return sent
 
     start, body = asyncio.run(scenario())
@@ -511,6 +517,30 @@ def test_files_expire(roomy, monkeypatch):
     monkeypatch.setattr(files, "LIFETIME", 0.0)
     assert roomy.get(f"/v1/files/{id}").status_code == 404
     assert list(roomy.app_service.files._folder.iterdir()) == []
+
+
+def test_an_upload_is_counted_before_it_is_complete_and_a_refused_one_removes_no_result(roomy, monkeypatch):
+    monkeypatch.setattr(files, "MAX_FILES", 2)
+    jobs, model = roomy.app_service.files, roomy.app_service.models["reviews"]
+    results = [upload(roomy, table(ROWS[:2])) for _ in range(2)]
+    for id in results:
+        assert wait_for_file(roomy, id)["status"] == "done"
+    uploads = [jobs.create(model, "a.csv") for _ in range(2)]
+    with pytest.raises(files.TooManyFilesError):
+        jobs.create(model, "a.csv")
+    for job in uploads:
+        jobs.discard(job)
+    response = roomy.post("/v1/files?text_column=nope", content=b"review\na\n", headers={"X-Filename": "a.csv"})
+    assert response.status_code == 422
+    assert [roomy.get(f"/v1/files/{id}").status_code for id in results] == [200, 200]
+
+
+def test_outputs_that_are_not_finite_fail_the_file(roomy):
+    model = roomy.app_service.models["reviews"]
+    logits = model.logits
+    model.logits = lambda encodings: logits(encodings) * float("nan")
+    values = wait_for_file(roomy, upload(roomy, table(ROWS)))
+    assert (values["status"], "not finite" in values["detail"]) == ("failed", True)
 
 
 def test_oldest_result_makes_room_for_a_new_file(roomy, monkeypatch):
