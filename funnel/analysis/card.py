@@ -17,6 +17,7 @@ from funnel.analysis.report import short_command
 from funnel.analysis.runs import Run, format_score, to_number, with_unit
 from funnel.data.tasks import CUSTOM, TASKS
 from funnel.errors import FunnelError, error_reason, requires_extra
+from funnel.inference.predictor import run_record
 from funnel.io import read_json
 from funnel.model.checkpoint import CONFIG, Checkpoint, best_checkpoint, read_architecture
 from funnel.model.flops import total_flops
@@ -136,8 +137,7 @@ class Card:
 
     def _argument(self, name: str) -> str:
         """An argument of the run, with absolute paths of files and folders; "" if it was not set."""
-        arguments = read_json(self.run.folder / "run.json").get("arguments")
-        return str((arguments if isinstance(arguments, dict) else {}).get(name) or "")
+        return str(run_record(self.run.folder, "arguments").get(name) or "")
 
     @property
     def source_cost(self) -> tuple[str, float] | None:
@@ -206,8 +206,11 @@ class Card:
             ("seed", str(settings["seed"])),
         ]
         if not self.starts_random:
-            rows.append(("new layers", f"{settings['init']} (the layers that the source does not have)"))
-        optional = {"layer_lr_decay": 1.0, "label_smoothing": 0.0, "class_weights": None, "patience": None, "grad_accum": 1}
+            plan = settings.get("layout_plan")
+            kind = f"as in {Path(plan).name}" if plan else f"{settings['init']} (the layers that the source does not have)"
+            rows.append(("new layers", kind))
+        optional = {"layer_lr_decay": 1.0, "label_smoothing": 0.0, "class_weights": None, "patience": None, "grad_accum": 1,
+                    "freeze_embeddings": False, "freeze_layers": None}  # fmt: skip
         rows += [
             (name.replace("_", " "), str(settings[name])) for name, off in optional.items() if settings.get(name, off) != off
         ]

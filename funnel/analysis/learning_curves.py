@@ -1,12 +1,14 @@
 """Learning curves of several runs on one axis: dev metric and training loss."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from funnel.analysis.figures import TEXT_COLOR, color_of, dashes_of, finite_points, new_axes, to_svg
-from funnel.analysis.runs import SEED_DEPENDENT, Run, is_percentage, to_number, with_unit
+from funnel.analysis.runs import SEED_DEPENDENT, Run, count_repetitions, is_percentage, with_unit
+from funnel.problems.metrics import selection_key
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,12 +17,14 @@ MAX_GROUPS = 12  # with a color and a number; beyond it, the ones with the lowes
 MAX_POINTS = 400  # of a curve
 MAX_SETTINGS = 4  # of a group in the legend
 NUMBER_GAP = 0.07  # between the numbers at the right of a figure, as a fraction of its height
-# Settings that are always shown, or that follow from others.
-NOT_COMPARED = frozenset((*SEED_DEPENDENT, *"blocks steps stopped_at digests teacher_digest metrics columns labels".split()))
+# Settings that are always shown, that differ between repetitions, or that follow from others.
+NOT_COMPARED = frozenset(
+    (*SEED_DEPENDENT, *"fold blocks steps stopped_at digests teacher_digest metrics columns labels".split())
+)
 
 
 class Group(NamedTuple):
-    """Runs that differ only in their seed.
+    """Runs that differ only in their seed and fold.
 
     Attributes:
         number: in the table and in the figures.
@@ -78,21 +82,21 @@ class LearningCurves(NamedTuple):
     Attributes:
         figures: dev metric and training loss.
         n_gray: number of groups that are not in the legend.
-        has_seeds: whether a group has several runs.
+        has_repetitions: whether a group has several runs.
     """
 
     task: str
     figures: list[str]
     legend: list[LegendEntry]
     n_gray: int
-    has_seeds: bool
+    has_repetitions: bool
 
 
 def plot_learning_curves(groups: Sequence[list[Run]]) -> list[LearningCurves]:
     """The curves of each task that has several runs.
 
     Args:
-        groups: runs that differ only in their seed; numbered from 1 in the figures.
+        groups: runs that differ only in their seed and fold; numbered from 1 in the figures.
     """
     numbered = list(enumerate(groups, 1))
     tasks = dict.fromkeys(group[0].task for group in groups)
@@ -103,11 +107,10 @@ def plot_learning_curves(groups: Sequence[list[Run]]) -> list[LearningCurves]:
 def _plot_task(members: Sequence[tuple[int, list[Run]]]) -> LearningCurves:
     first = members[0][1][0]
     metric = first.metrics[0]
-    sign, percent = (1, 100) if is_percentage(metric) else (-1, 1)
+    percent = 100 if is_percentage(metric) else 1
 
     def rank(member: tuple[int, list[Run]]) -> float:
-        scores = [sign * to_number(run.final.get(metric)) for run in member[1]]
-        return -sum(scores) / len(scores)
+        return -statistics.mean(selection_key(run.final, metric)[0] for run in member[1])
 
     colored = {number for number, _ in sorted(members, key=rank)[:MAX_GROUPS]}
     groups = [Group(number, runs, number in colored) for number, runs in members]
@@ -129,7 +132,7 @@ def _plot_task(members: Sequence[tuple[int, list[Run]]]) -> LearningCurves:
 
 
 def _plot(groups: Sequence[Group], quantity: Quantity) -> str:
-    """One curve per group: the mean over its seeds; if there are several, also a thin one per seed."""
+    """One curve per group: the mean over its runs; if there are several, also a thin one per run."""
     axes = new_axes("examples" if quantity.by_examples else "step", quantity.label)
     ends = {}
     for group in sorted(groups, key=lambda group: group.has_color):
@@ -188,7 +191,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def describe_groups(groups: Sequence[list[Run]]) -> list[str]:
-    """The layout of each group, the settings in which groups differ, and the number of seeds."""
+    """The layout of each group, the settings in which groups differ, and the number of seeds or folds."""
     settings = [group[0].settings for group in groups]
     names = dict.fromkeys(name for values in settings for name in values if name not in NOT_COMPARED)
     differing = [name for name in names if len({repr(values.get(name)) for values in settings}) > 1]
@@ -196,7 +199,9 @@ def describe_groups(groups: Sequence[list[Run]]) -> list[str]:
     for group, values in zip(groups, settings, strict=True):
         parts = [f"{name.replace('_', ' ')} {_format_setting(values.get(name))}" for name in differing[:MAX_SETTINGS]]
         parts += ["…"] if len(differing) > MAX_SETTINGS else []
-        parts += [f"{len(group)} seeds"] if len(group) > 1 else []
+        if len(group) > 1:
+            has_folds = group[0].repetition[1] is not None
+            parts.append(count_repetitions(group) + ("" if has_folds else " seeds"))
         texts.append(", ".join([f"layout {values['blocks']}", *parts]))
     return texts
 

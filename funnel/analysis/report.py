@@ -68,15 +68,22 @@ def markdown_table(runs: Sequence[Run]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def check_can_report() -> None:
+    """Raises FunnelError if the extra `report`, which `render_page` needs, is not installed."""
+    with requires_extra("report", "the report"):
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+
+
 def render_page(runs: Sequence[Run]) -> str:
     """The HTML page.
 
     Raises:
         FunnelError: the extra `report` is not installed, or a run's files are damaged.
     """
-    with requires_extra("report", "the report"):
-        import jinja2
-        import matplotlib  # noqa: F401
+    check_can_report()
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

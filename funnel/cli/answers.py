@@ -5,8 +5,8 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from funnel.cli.classifier import load_predictor
-from funnel.cli.common import check_output, files_of_run, flag
+from funnel.cli.classifier import choose_output, load_predictor, read_standard_input
+from funnel.cli.common import flag, positional
 from funnel.errors import FunnelError, plural
 
 if TYPE_CHECKING:
@@ -31,11 +31,9 @@ def predict(args: argparse.Namespace) -> None:
     Raises:
         FunnelError: arguments conflict, the model cannot be loaded, or the input is malformed.
     """
-    from funnel.cli.predict import read_standard_input
-
     if args.texts and args.pair is None:
         raise FunnelError("--pair is required: the text that contains the answer")
-    out = None if args.file is None else _choose_output(args)
+    out = None if args.file is None else choose_output(args, (".json",), ".json")
     with load_answerer(args) as answerer:
         if out is not None:
             _predict_file(answerer, args.file, out)
@@ -44,19 +42,6 @@ def predict(args: argparse.Namespace) -> None:
         else:
             for question, context in read_standard_input(has_pairs=True):
                 _print_answers(answerer, [question], [context or ""])
-
-
-def _choose_output(args: argparse.Namespace) -> Path:
-    """Checks --out, or chooses the default."""
-    inputs = [args.file, *files_of_run(args.run)]
-    if args.out is None:
-        out = Path(args.run / f"predictions-{args.file.name.split('.')[0]}.json")
-        check_output(out, "out", inputs, overwrite=True)
-        return out
-    if args.out.suffix != ".json":
-        raise FunnelError(f"out {args.out}: expected the name of a .json file for the answers by question id", "out")
-    check_output(args.out, "out", inputs, args.overwrite)
-    return Path(args.out)
 
 
 def _predict_file(answerer: "QuestionAnswerer", path: Path, out: Path) -> None:
@@ -85,8 +70,5 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]
     from funnel.inference.predictor import run_record
 
     metrics = run_record(args.run).get("metrics") or SPAN_METRICS
-    with load_answerer(args) as answerer:
-        try:
-            return answerer.evaluate_file(args.file, metrics)
-        except FunnelError as error:
-            raise FunnelError(str(error), None if error.parameter == "file" else error.parameter) from None  # not a flag
+    with load_answerer(args) as answerer, positional("file"):
+        return answerer.evaluate_file(args.file, metrics)

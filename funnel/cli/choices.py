@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from funnel.cli.classifier import load_predictor
-from funnel.cli.common import check_output, files_of_run, flag
+from funnel.cli.classifier import choose_output, load_predictor
+from funnel.cli.common import flag
 from funnel.errors import FunnelError, plural
 
 if TYPE_CHECKING:
@@ -20,18 +20,13 @@ def predict(args: argparse.Namespace) -> None:
     Raises:
         FunnelError: arguments do not apply, or the model or the file cannot be read.
     """
-    from funnel.data.formats import file_format
-    from funnel.inference.choices import OUTPUT_FORMATS, MultipleChoice, write_choices
+    from funnel.inference.choices import MultipleChoice
+    from funnel.inference.predictions import SUFFIXES, write_choices
 
     if args.file is None:
         raise FunnelError("a multiple-choice model needs --file: a file or folder of questions with their choices")
     source = _open(args, args.file, labeled=False)
-    suffix = args.file.suffix if file_format(args.file) in OUTPUT_FORMATS and args.file.suffix != ".gz" else ".jsonl"
-    out = args.out or args.run / f"predictions-{args.file.name.split('.')[0]}{suffix}"
-    if file_format(out) not in OUTPUT_FORMATS or out.suffix == ".gz":
-        raise FunnelError(f"out {out}: unknown format; answers are written to .csv, .tsv or .jsonl files", "out")
-    overwrite = args.overwrite or args.out is None
-    check_output(out, "out", [args.file, *files_of_run(args.run)], overwrite=overwrite)
+    out = choose_output(args, SUFFIXES, ".jsonl")
     with load_predictor(args, MultipleChoice) as model:
         count = write_choices(model.predict_file(source), out)
     print(f"wrote {plural(count, 'prediction')} to {out}")

@@ -1,19 +1,21 @@
-"""Shared by the commands that use a trained classifier."""
+"""Shared by the commands that use a trained model: loading it, its input and output."""
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from funnel.errors import FunnelError
+from funnel.cli.common import check_output, files_of_run
+from funnel.errors import FunnelError, plural
 
 if TYPE_CHECKING:
     from funnel.inference.classifier import Classifier
     from funnel.inference.predictor import Predictor
 
 AnyPredictor = TypeVar("AnyPredictor", bound="Predictor")
+EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll", ".bio", ".iob")  # not part of the name of an output
 
 
 def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,3 +74,50 @@ def load_classifier(args: argparse.Namespace) -> Iterator["Classifier"]:
         yield from _warn_at_end(Ensemble.load([args.run, *others], args.device, args.dtype))
     else:
         yield from _warn_at_end(Classifier.load(args.run, args.device, args.dtype))
+
+
+def choose_output(args: argparse.Namespace, suffixes: Sequence[str], default: str) -> Path:
+    """The file for the predictions of `args.file`: `args.out`, or predictions-FILE in the run's folder.
+
+    Args:
+        suffixes: that the name may have.
+        default: suffix without `args.out`, whose file is replaced if it exists.
+
+    Raises:
+        FunnelError: the name has another suffix, or as `check_output`.
+    """
+    if args.out is None:
+        name = Path(args.file.name.removesuffix(".gz").removesuffix(".xz"))
+        out = Path(args.run / f"predictions-{name.stem if name.suffix.lower() in EXTENSIONS else name}{default}")
+    else:
+        out = Path(args.out)
+        if not out.name.lower().endswith(tuple(suffixes)):
+            expected = ", ".join(suffixes[:-1]) + " or " * (len(suffixes) > 1) + suffixes[-1]
+            raise FunnelError(f"out {out}: unknown format; expected a {expected} file", "out")
+    runs = (args.run, *(getattr(args, "ensemble", None) or ()))
+    inputs = [args.file, *(file for run in runs for file in files_of_run(run))]
+    check_output(out, "out", inputs, args.overwrite or args.out is None)
+    return out
+
+
+def read_standard_input(has_pairs: bool) -> Iterator[tuple[str, str | None]]:
+    """Yields texts, or pairs of texts separated by a tab. In a terminal, asks for them.
+
+    Raises:
+        FunnelError: a line is not UTF-8 text, or is not a pair.
+    """
+    from funnel.data.formats import decode_lines
+
+    if sys.stdin.isatty():
+        expected = "two texts per line, separated by a tab" if has_pairs else "one text per line"
+        print(f"Enter {expected}; Ctrl-D to finish.", file=sys.stderr)
+    for number, line in enumerate(decode_lines(sys.stdin.buffer, "standard input"), 1):
+        text = line.rstrip("\r\n")
+        if not has_pairs:
+            yield text, None
+            continue
+        parts = text.split("\t")
+        if len(parts) != 2:
+            found = plural(len(parts) - 1, "tab")
+            raise FunnelError(f"standard input, line {number}: expected two texts separated by a tab, found {found}")
+        yield parts[0], parts[1]

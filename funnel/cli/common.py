@@ -11,7 +11,7 @@ import signal
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -42,6 +42,15 @@ class StoreTuple(argparse.Action):
 def flag(name: str) -> str:
     """The flag of a field or parameter: "batch_size" -> "--batch-size"."""
     return "--" + name.replace("_", "-")
+
+
+@contextlib.contextmanager
+def positional(name: str) -> Iterator[None]:
+    """Removes a parameter from errors, so that no flag is named: the command has a positional argument for it."""
+    try:
+        yield
+    except FunnelError as error:
+        raise FunnelError(str(error), None if error.parameter == name else error.parameter) from None
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from funnel.cli import answers, choices, tokens
 from funnel.cli.classifier import add_classifier_arguments, add_ensemble, load_classifier
-from funnel.cli.common import ArgumentParser, add_overwrite, align_columns, check_output, files_of_run
+from funnel.cli.common import ArgumentParser, add_overwrite, align_columns, check_output, files_of_run, positional
 from funnel.errors import FunnelError, plural, shorten
 
 if TYPE_CHECKING:
@@ -88,10 +88,8 @@ def _evaluate_file(classifier: "Classifier", args: argparse.Namespace) -> tuple[
     label_column = run_record(args.run, "arguments").get("label_column") or getattr(dev_file, "label_column", None)
     trained_label = label_column if isinstance(label_column, str) else ""
     choice = ColumnChoice(args.text_column, args.text_pair_column, args.label_column, trained_label=trained_label)
-    try:
+    with positional("file"):
         source = classifier.open_file(args.file, choice)
-    except FunnelError as error:
-        raise FunnelError(str(error), None if error.parameter == "file" else error.parameter) from None  # FILE is not a flag
     print(source.description, file=sys.stderr)
     return classifier.evaluate_file(source, metrics, task.labels if task else None)
 

@@ -44,9 +44,8 @@ def show_layout(args: argparse.Namespace) -> None:
     """
     from funnel.model.flops import count_parameters, total_flops
     from funnel.weights.build import WeightsArgs
-    from funnel.weights.surgery import make_plan, read_plan
 
-    WeightsArgs(args.weights, args.blocks, args.init, args.keep, args.layout_plan)  # checks the combination
+    options = WeightsArgs(args.weights, args.blocks, args.init, args.keep, args.layout_plan)
     if args.plot is not None:
         _check_plot(args.plot, args.overwrite)
     weights = _read_config(args.weights).replace(num_decoder_layers=0)
@@ -55,10 +54,7 @@ def show_layout(args: argparse.Namespace) -> None:
         baseline = weights.replace(blocks=args.against) if args.against else weights
     except FunnelError as error:
         raise FunnelError(f"against {args.against}: {error}", "against") from None
-    if args.layout_plan:
-        plan = read_plan(args.layout_plan, weights, config)
-    else:
-        plan = make_plan(weights, config, args.init, args.keep)
+    plan = options.plan_layers(weights, config)
     source = f"{args.weights} ({weights.layout})"
     print(f"layout {config.layout}, d_model {config.d_model}, classifier without decoder, weights from {source}\n")
     print(cost_table(config))

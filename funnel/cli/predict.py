@@ -3,14 +3,19 @@
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from funnel.cli import answers, choices, tokens
-from funnel.cli.classifier import add_classifier_arguments, add_ensemble, load_classifier
-from funnel.cli.common import ArgumentParser, add_overwrite, check_output, files_of_run, flag
+from funnel.cli.classifier import (
+    add_classifier_arguments,
+    add_ensemble,
+    choose_output,
+    load_classifier,
+    read_standard_input,
+)
+from funnel.cli.common import ArgumentParser, add_overwrite, flag
 from funnel.errors import FunnelError, format_list, plural
 
 if TYPE_CHECKING:
@@ -89,22 +94,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _choose_output(args: argparse.Namespace) -> Path:
-    """Checks --out, or chooses the default."""
-    from funnel.data.formats import file_format
-    from funnel.inference.predictions import OUTPUT_FORMATS
+    """Checks --out, or chooses the default, which has the format of the file if possible."""
+    from funnel.inference.predictions import SUFFIXES
 
-    inputs = [args.file, *(file for run in (args.run, *(args.ensemble or ())) for file in files_of_run(run))]
-    if args.out is not None:
-        if file_format(args.out) not in OUTPUT_FORMATS:
-            raise FunnelError(f"out {args.out}: unknown format; predictions are written to .csv, .tsv or .jsonl files", "out")
-        check_output(args.out, "out", inputs, args.overwrite)
-        return Path(args.out)
-    name = args.file.name
-    if file_format(args.file) not in OUTPUT_FORMATS:
-        name = Path(name.removesuffix(".gz")).stem + ".csv"
-    out = Path(args.run / f"predictions-{name}")
-    check_output(out, "out", inputs, overwrite=True)
-    return out
+    default = next((suffix for suffix in SUFFIXES if args.file.name.lower().endswith(suffix)), SUFFIXES[0])
+    return choose_output(args, SUFFIXES, default)
 
 
 def _predict_file(classifier: "Classifier", args: argparse.Namespace, out: Path) -> None:
@@ -136,34 +130,11 @@ def _predict_standard_input(classifier: "Classifier") -> None:
     """Predicts line by line in a terminal, in chunks otherwise."""
     from funnel.inference.classifier import CHUNK_SIZE
 
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        print("Enter one text per line; Ctrl-D to finish.", file=sys.stderr)
     examples = read_standard_input(has_pairs=len(classifier.inputs.columns) == 2)
-    while chunk := list(itertools.islice(examples, 1 if is_terminal else CHUNK_SIZE)):
+    while chunk := list(itertools.islice(examples, 1 if sys.stdin.isatty() else CHUNK_SIZE)):
         texts = [text for text, _ in chunk]
         pairs = [pair for _, pair in chunk if pair is not None]
         _print_predictions(classifier, texts, pairs or None)
-
-
-def read_standard_input(has_pairs: bool) -> Iterator[tuple[str, str | None]]:
-    """Yields texts, or pairs of texts separated by a tab.
-
-    Raises:
-        FunnelError: a line is not UTF-8 text, or is not a pair.
-    """
-    from funnel.data.formats import decode_lines
-
-    for number, line in enumerate(decode_lines(sys.stdin.buffer, "standard input"), 1):
-        text = line.rstrip("\r\n")
-        if not has_pairs:
-            yield text, None
-            continue
-        parts = text.split("\t")
-        if len(parts) != 2:
-            found = plural(len(parts) - 1, "tab")
-            raise FunnelError(f"standard input, line {number}: expected two texts separated by a tab, found {found}")
-        yield parts[0], parts[1]
 
 
 def _print_predictions(classifier: "Classifier", texts: list[str], pairs: list[str] | None) -> None:

@@ -55,15 +55,11 @@ def trained_task(run: Path) -> "Task":
         FunnelError: the folder is not a run, or its task has no unlabeled test files.
     """
     from funnel.data.tasks import TASKS
-    from funnel.inference.predictor import RUN_FILE
-    from funnel.io import read_json
+    from funnel.inference.predictor import RUN_FILE, run_record
 
-    if not (run / RUN_FILE).is_file():
-        raise FunnelError(f"{run}: not a run folder ({RUN_FILE} is missing)")
-    settings = read_json(run / RUN_FILE).get("settings")
-    name = settings.get("task") if isinstance(settings, dict) else None
+    name = run_record(run).get("task")
     if not isinstance(name, str):
-        raise FunnelError(f"{run / RUN_FILE}: expected settings with the name of a task")
+        raise FunnelError(f"{run}: not a run or one of its checkpoints ({RUN_FILE} is missing or names no task)")
     if name not in TASKS or not TASKS[name].tests:
         raise FunnelError(f"{run}: trained on task {name}, which has no GLUE test files")
     return TASKS[name]

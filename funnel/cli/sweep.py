@@ -95,6 +95,7 @@ def sweep(args: argparse.Namespace) -> None:
         SystemExit: the script's arguments are invalid.
         StoppedBySignal: after a signal, once the current run has saved a checkpoint.
     """
+    from funnel.analysis.report import check_can_report
     from funnel.cli.report import write_report
 
     if not args.script.is_file():
@@ -103,6 +104,7 @@ def sweep(args: argparse.Namespace) -> None:
         raise FunnelError(f"--out {args.out}: expected a folder for the runs, found a file")
     chosen = SweepArgs(args.out, args.blocks, args.init, args.lr, args.seeds, args.folds, args.train_arguments)
     runs = plan_runs(chosen)
+    check_can_report()
     check_runs(runs, args.script)
     states = [run_state(run, args.script) for run in runs]
     print(f"{plural(len(runs), 'run')} in {args.out}, {states.count(FINISHED)} of them finished", flush=True)

@@ -5,21 +5,22 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TextIO
 
-from funnel.cli.common import check_output, files_of_run, flag
+from funnel.cli.classifier import choose_output, load_predictor, read_standard_input
+from funnel.cli.common import flag, positional
 from funnel.errors import FunnelError, plural
 
 if TYPE_CHECKING:
+    from funnel.data.files import ExampleFile
     from funnel.data.tagged import TaggedFile
-    from funnel.inference.tokens import Entity
+    from funnel.inference.tokens import Entity, TokenClassifier
 
 NO_EFFECT = ("pair", "text_pair_column", "keep_columns")
 OUTPUTS = (".jsonl", ".conll")
 SEPARATORS = re.compile(r"[\t\r\n]")  # of columns and rows; replaced in words
-CHUNK_SIZE = 4096  # texts held in memory at a time
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -34,10 +35,9 @@ def predict(args: argparse.Namespace) -> None:
     if args.file is not None:
         _predict_file(args)
         return
-    classifier = TokenClassifier.load(args.run, args.device, args.dtype)
-    texts: Iterable[str] = args.texts or _read_standard_input()
-    for text in texts:
-        _print_entities(text, classifier(text))
+    with load_predictor(args, TokenClassifier) as classifier:
+        for text in args.texts or (line for line, _ in read_standard_input(has_pairs=False)):
+            _print_entities(text, classifier(text))
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]]:
@@ -48,10 +48,10 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]
     _reject(args, ("text_pair_column",))
     source = _open(args, args.label_column or run_record(args.run, "arguments").get("label_column"))
     print(source.description, file=sys.stderr)
-    classifier = TokenClassifier.load(args.run, args.device, args.dtype)
-    functions = classifier.problem.metric_functions(classifier.problem.labels)
-    metrics = run_record(args.run).get("metrics") or [name for name in functions if "(" not in name]
-    return classifier.evaluate_file(source, metrics)
+    with load_predictor(args, TokenClassifier) as classifier:
+        functions = classifier.problem.metric_functions(classifier.problem.labels)
+        metrics = run_record(args.run).get("metrics") or [name for name in functions if "(" not in name]
+        return classifier.evaluate_file(source, metrics)
 
 
 def _reject(args: argparse.Namespace, names: Iterable[str]) -> None:
@@ -66,71 +66,69 @@ def _open(args: argparse.Namespace, tag_column: str | None) -> "TaggedFile":
     from funnel.problems.token_labels import open_tagged
 
     word_column = args.text_column or run_record(args.run, "arguments").get("text_column")
-    try:
+    with positional("file"):
         return open_tagged(args.file, word_column, tag_column, "file")
-    except FunnelError as error:
-        raise _without_file_flag(error) from None
 
 
 def _predict_file(args: argparse.Namespace) -> None:
     """Writes the tags of a file's sentences, or the entities of its texts."""
     from funnel.data.custom import ColumnChoice, open_examples
-    from funnel.data.tagged import WORDS, has_token_lists, is_column_file
+    from funnel.data.tagged import WORDS, TaggedFile, has_token_lists, is_column_file
     from funnel.inference.tokens import TokenClassifier
     from funnel.io import atomic_write
 
     is_column = is_column_file(args.file) and args.file.suffix != ".csv"
-    suffix = ".conll" if is_column else ".jsonl"
-    out = args.out or args.run / f"predictions-{args.file.name.removesuffix('.gz').rpartition('.')[0]}{suffix}"
-    if out.suffix not in OUTPUTS:
-        raise FunnelError(f"out {out}: unknown format; expected a {' or '.join(OUTPUTS)} file", "out")
-    check_output(out, "out", [args.file, *files_of_run(args.run)], args.overwrite or args.out is None)
-    try:
+    out = choose_output(args, OUTPUTS, ".conll" if is_column else ".jsonl")
+    source: TaggedFile | ExampleFile
+    with positional("file"):
         if is_column or has_token_lists(args.file, [args.text_column or WORDS]):
-            sentences, texts = replace(_open(args, None), labeled=False), None
+            source = replace(_open(args, None), labeled=False)
         elif out.suffix == ".conll":
             raise FunnelError(f"out {out}: the entities of texts are written to .jsonl files", "out")
         else:
-            sentences, texts = None, open_examples(args.file, ColumnChoice(args.text_column, labeled=False), "file")
-    except FunnelError as error:
-        raise _without_file_flag(error) from None
-    classifier, count = TokenClassifier.load(args.run, args.device, args.dtype), 0
-    with atomic_write(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        if sentences is not None:
-            for sentence, tags in classifier.predict_file(sentences):
-                names = classifier.tag_names(tags)
-                if out.suffix == ".conll":
-                    words = (SEPARATORS.sub(" ", word) for word in sentence.words)
-                    file.write("".join(f"{word}\t{name}\n" for word, name in zip(words, names, strict=True)) + "\n")
-                else:
-                    probabilities = [round(float(p), 6) for p in tags.probabilities]
-                    _write(file, {"index": count, "tokens": sentence.words, "tags": names, "probabilities": probabilities})
-                count += 1
-        elif texts is not None:
-            rows = texts.rows()
-            while chunk := [row.text for row in itertools.islice(rows, CHUNK_SIZE)]:
-                for text, entities in zip(chunk, classifier(chunk), strict=True):
-                    _write(file, {"index": count, "text": text, "entities": [entity._asdict() for entity in entities]})
-                    count += 1
-    print(f"wrote predictions for {plural(count, 'sentence' if texts is None else 'text')} to {out}")
+            source = open_examples(args.file, ColumnChoice(args.text_column, labeled=False), "file")
+    with (
+        load_predictor(args, TokenClassifier) as classifier,
+        atomic_write(out) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
+        if isinstance(source, TaggedFile):
+            written = plural(_write_tags(classifier, source, file, as_columns=out.suffix == ".conll"), "sentence")
+        else:
+            written = plural(_write_entities(classifier, source, file), "text")
+    print(f"wrote predictions for {written} to {out}")
+
+
+def _write_tags(classifier: "TokenClassifier", sentences: "TaggedFile", file: TextIO, as_columns: bool) -> int:
+    """Writes the tags of sentences, and returns the number of sentences."""
+    count = 0
+    for sentence, tags in classifier.predict_file(sentences):
+        names = classifier.tag_names(tags)
+        if as_columns:
+            words = (SEPARATORS.sub(" ", word) for word in sentence.words)
+            file.write("".join(f"{word}\t{name}\n" for word, name in zip(words, names, strict=True)) + "\n")
+        else:
+            probabilities = [round(float(p), 6) for p in tags.probabilities]
+            _write(file, {"index": count, "tokens": sentence.words, "tags": names, "probabilities": probabilities})
+        count += 1
+    return count
+
+
+def _write_entities(classifier: "TokenClassifier", texts: "ExampleFile", file: TextIO) -> int:
+    """Writes the entities of texts, and returns the number of texts."""
+    from funnel.inference.tokens import CHUNK_SIZE
+
+    count = 0
+    rows = texts.rows()
+    while chunk := [row.text for row in itertools.islice(rows, CHUNK_SIZE)]:
+        for text, entities in zip(chunk, classifier(chunk), strict=True):
+            _write(file, {"index": count, "text": text, "entities": [entity._asdict() for entity in entities]})
+            count += 1
+    return count
 
 
 def _write(file: TextIO, values: dict[str, Any]) -> None:
     file.write(json.dumps(values, ensure_ascii=False) + "\n")
-
-
-def _without_file_flag(error: FunnelError) -> FunnelError:
-    """The error; without the parameter "file", which may be a positional argument."""
-    return FunnelError(str(error), None if error.parameter == "file" else error.parameter)
-
-
-def _read_standard_input() -> Iterator[str]:
-    from funnel.data.formats import decode_lines
-
-    if sys.stdin.isatty():
-        print("Enter one text per line; Ctrl-D to finish.", file=sys.stderr)
-    for line in decode_lines(sys.stdin.buffer, "standard input"):
-        yield line.rstrip("\r\n")
 
 
 def _print_entities(text: str, entities: list["Entity"]) -> None:

@@ -1,10 +1,7 @@
 """Answering multiple-choice questions."""
 
-import csv
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -12,13 +9,9 @@ from torch import Tensor
 
 from funnel.data.choices import MAX_CHOICES, ChoiceEncoder, ChoiceExample, ChoiceFile, InMemoryQuestions, choice_name
 from funnel.data.encoding import encode_examples, encode_in_memory
-from funnel.data.formats import file_format
 from funnel.data.tokenizer import list_of_strings
 from funnel.errors import FunnelError, plural
 from funnel.inference.predictor import Predictor
-from funnel.io import atomic_write
-
-OUTPUT_FORMATS = ("csv", "tsv", "jsonl")  # of predictions
 
 
 @dataclass(frozen=True)
@@ -120,31 +113,3 @@ class MultipleChoice(Predictor):
         """Evaluates the model on a labeled file or folder; results and errors as in `Predictor.evaluate`."""
         dataset = encode_examples(source, ChoiceEncoder(), self.tokenizer, self.inputs.max_length)
         return self.evaluate(dataset, metrics, source.path.name)
-
-
-def write_choices(predictions: Iterable[tuple[ChoiceExample, ChoicePrediction]], path: Path) -> int:
-    """Writes answers to a .csv, .tsv or .jsonl file and returns their number.
-
-    Every row has the question's index from 0, the letter of the answer (`label`), its text (`choice`), the probability of every
-    choice, and the question. The file is written atomically.
-
-    Raises:
-        FunnelError: the file cannot be written, or its name has none of these suffixes.
-    """
-    format, count = file_format(path), 0
-    if format not in OUTPUT_FORMATS or path.suffix == ".gz":
-        raise FunnelError(f"{path}: unknown format; answers are written to .csv, .tsv or .jsonl files")
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t" if format == "tsv" else ",", lineterminator="\n")
-        for example, prediction in predictions:
-            answer = {"index": count, "label": prediction.letter, "choice": prediction.choice}
-            if format == "jsonl":
-                values = {**answer, "probabilities": prediction.probabilities, "question": example.question}
-                file.write(json.dumps(values, ensure_ascii=False) + "\n")
-            else:
-                if count == 0:
-                    names = [f"probability of {choice_name(choice)}" for choice in range(len(example.choices))]
-                    writer.writerow([*answer, *names, "question"])
-                writer.writerow([*answer.values(), *(f"{p:.6f}" for p in prediction.probabilities), example.question])
-            count += 1
-    return count

@@ -15,6 +15,7 @@ from funnel.errors import FunnelError, format_list
 from funnel.inference.classifier import Classifier
 from funnel.inference.predictor import RUN_FILE
 from funnel.problems.multi_label import MultiLabel
+from funnel.training.evaluate import WHOLE_SET, Pass
 
 
 class Ensemble(Classifier):
@@ -86,13 +87,9 @@ class Ensemble(Classifier):
             return F.logsigmoid(stacked).logsumexp(0) - F.logsigmoid(-stacked).logsumexp(0)
         return stacked.log_softmax(2).logsumexp(0) - math.log(len(stacked))
 
-    def run(self, dataset: Dataset) -> Tensor:
+    def run(self, dataset: Dataset, how: Pass = WHOLE_SET) -> Tensor:
         """Raises FunnelError, as does `evaluate`: the ids of a dataset are those of one tokenizer."""
         raise FunnelError("an ensemble cannot run on an encoded dataset; use its logits or evaluate_file", "dataset")
-
-    def checked_results(self, dataset: Dataset, name: str) -> Tensor:
-        """As `run`."""
-        return self.run(dataset)
 
     def evaluate_file(
         self, source: ExampleFile, metrics: Sequence[str], labels: Mapping[str, str] | None = None

@@ -5,18 +5,20 @@ import csv
 import gzip
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from funnel.data.choices import ChoiceExample, choice_name
 from funnel.data.files import Example, ExampleFile
 from funnel.data.formats import file_format, is_gzipped
 from funnel.data.tasks import Task
 from funnel.errors import FunnelError, format_list
+from funnel.inference.choices import ChoicePrediction
 from funnel.inference.classifier import Classifier, Prediction
 from funnel.io import atomic_write
 
-OUTPUT_FORMATS = ("csv", "tsv", "jsonl")  # of predictions
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")  # of files of predictions
 STSB_RANGE = (0.0, 5.0)  # the GLUE server rejects scores outside it
 
 
@@ -30,16 +32,56 @@ def write_predictions(predictions: Iterable[tuple[Example, Prediction]], source:
     Raises:
         FunnelError: the file cannot be written, or its name has none of these suffixes.
     """
-    format = file_format(path)
-    if format not in OUTPUT_FORMATS:
-        raise FunnelError(f"{path}: unknown format; predictions are written to .csv, .tsv or .jsonl files")
     columns = [str(column) for column in (*source.text_columns, *source.extra_columns)]
+    with _open(path) as file:
+        if file_format(path) == "jsonl":
+            return _write_json_lines(predictions, columns, file)
+        return _write_table(predictions, columns, _table_writer(file, path))
+
+
+def write_choices(predictions: Iterable[tuple[ChoiceExample, ChoicePrediction]], path: Path) -> int:
+    """Writes answers to multiple-choice questions to a file, as `write_predictions`, and returns their number.
+
+    Every row has the question's index from 0, the letter of the answer (`label`), its text (`choice`), the probability of every
+    choice, and the question.
+
+    Raises:
+        FunnelError: as in `write_predictions`.
+    """
+    count = 0
+    with _open(path) as file:
+        writer = _table_writer(file, path)
+        for example, prediction in predictions:
+            answer = {"index": count, "label": prediction.letter, "choice": prediction.choice}
+            if file_format(path) == "jsonl":
+                _write_json_line({**answer, "probabilities": prediction.probabilities, "question": example.question}, file)
+            else:
+                if count == 0:
+                    names = [f"probability of {choice_name(choice)}" for choice in range(len(example.choices))]
+                    writer.writerow([*answer, *names, "question"])
+                probabilities = [f"{probability:.6f}" for probability in prediction.probabilities]
+                fields = [*map(str, answer.values()), *probabilities, example.question]
+                writer.writerow(map(_quotable, fields))
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[TextIO]:
+    """Yields a text file that is moved into place at the end; gzipped if its name ends in .gz."""
+    if not path.name.lower().endswith(SUFFIXES):
+        raise FunnelError(f"{path}: unknown format; predictions are written to .csv, .tsv or .jsonl files")
     open_text = gzip.open if is_gzipped(path) else open
     with atomic_write(path) as temporary, cast(TextIO, open_text(temporary, "wt", encoding="utf-8", newline="")) as file:
-        if format == "jsonl":
-            return _write_json_lines(predictions, columns, file)
-        writer = csv.writer(file, delimiter="," if format == "csv" else "\t", lineterminator="\n")
-        return _write_table(predictions, columns, writer)
+        yield file
+
+
+def _table_writer(file: TextIO, path: Path) -> Any:
+    return csv.writer(file, delimiter="\t" if file_format(path) == "tsv" else ",", lineterminator="\n")
+
+
+def _write_json_line(values: Mapping[str, object], file: TextIO) -> None:
+    file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
 def _write_json_lines(predictions: Iterable[tuple[Example, Prediction]], columns: list[str], file: TextIO) -> int:
@@ -50,7 +92,7 @@ def _write_json_lines(predictions: Iterable[tuple[Example, Prediction]], columns
         if prediction.probabilities:
             values["probabilities"] = prediction.probabilities
         values |= zip(columns, _copied_values(example), strict=True)
-        file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        _write_json_line(values, file)
         count += 1
     return count
 

@@ -18,7 +18,7 @@ from funnel.model.config import FunnelConfig
 from funnel.model.heads import FunnelPreTrainedModel
 from funnel.problems.registry import problem_of
 from funnel.training.device import autocast, choose_device, choose_dtype
-from funnel.training.evaluate import BATCH_SIZE, Pass, check_finite, predict
+from funnel.training.evaluate import BATCH_SIZE, WHOLE_SET, Pass, check_finite, predict
 
 RUN_FILE = "run.json"
 AnyPredictor = TypeVar("AnyPredictor", bound="Predictor")
@@ -174,11 +174,11 @@ class Predictor:
         """How many examples were truncated so far; "" if none."""
         return describe_truncation(self.n_truncated, "text", self.inputs.max_length)
 
-    def run(self, dataset: Dataset) -> Tensor:
+    def run(self, dataset: Dataset, how: Pass = WHOLE_SET) -> Tensor:
         """What the problem keeps of the model's outputs for all rows, [n, ...]; updates `n_truncated`."""
         self.n_truncated += dataset.truncation.texts
         with autocast(self.device, self.dtype):
-            return predict(self.model, self.problem, dataset)
+            return predict(self.model, self.problem, dataset, how)
 
     def evaluate(self, dataset: Dataset, metrics: Sequence[str], name: str) -> tuple[dict[str, float], dict[str, Any]]:
         """Evaluates the model on a labeled dataset, with a progress bar on standard error; updates `n_truncated`.
@@ -202,15 +202,14 @@ class Predictor:
         Raises:
             FunnelError: outputs are not finite.
         """
-        self.n_truncated += dataset.truncation.texts
         n_batches = math.ceil(len(dataset) / BATCH_SIZE)
         progress = tqdm(desc=name, total=n_batches, unit="batch", disable=None, dynamic_ncols=True)
 
         def advance() -> None:
             progress.update()
 
-        with progress, autocast(self.device, self.dtype):
-            results = predict(self.model, self.problem, dataset, Pass(poll=advance))
+        with progress:
+            results = self.run(dataset, Pass(poll=advance))
         check_finite(results, name, self.dtype)
         return results
 

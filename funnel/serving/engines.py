@@ -28,6 +28,7 @@ from funnel.model.heads import FunnelForSequenceClassification
 from funnel.model.pooling import block_lengths
 from funnel.problems.registry import PROBLEMS
 from funnel.training.device import choose_device
+from funnel.training.evaluate import WHOLE_SET, Pass
 from funnel.weights.export import INPUTS
 
 ONNX_FILE = "model.onnx"
@@ -63,8 +64,8 @@ class OnnxClassifier(Classifier):
             model = FunnelForSequenceClassification(config)
         super().__init__(model, tokenizer, InputFormat.of_checkpoint(config, folder))
 
-    def run(self, dataset: Dataset) -> Tensor:
-        """As `Predictor.run`."""
+    def run(self, dataset: Dataset, how: Pass = WHOLE_SET) -> Tensor:
+        """As `Predictor.run`, without progress."""
         self.n_truncated += dataset.truncation.texts
         return run_graph(self.session, self.problem, dataset)
 

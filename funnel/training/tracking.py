@@ -127,8 +127,6 @@ class WandB:
         with os_errors(path, "write"):
             is_new = not path.is_file()
             run_id = os.environ.get("WANDB_RUN_ID") or (secrets.token_hex(4) if is_new else path.read_text(encoding="utf-8"))
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(run_id, encoding="utf-8")
         defaults = {"WANDB_DIR": ("dir", str(run.folder)), "WANDB_NAME": ("name", run.folder.name)}
         chosen = dict(argument for variable, argument in defaults.items() if variable not in os.environ)
         config = {name: value for name, value in run.settings.items() if name not in NO_SETTINGS}
@@ -140,6 +138,9 @@ class WandB:
                 f"WANDB_MODE=offline; then resume the run in {run.folder}",
                 "wandb",
             ) from None
+        with os_errors(path, "write"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(run_id, encoding="utf-8")
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")  # W&B's own step can only increase
         self._logged = set() if is_new else {(line["step"], line["split"]) for line in run.repeated}

@@ -93,6 +93,14 @@ def test_cost_is_that_of_the_model(tmp_path):
     assert "layout of the source" not in text
 
 
+def test_training_lists_the_layout_plan_and_what_was_frozen(tmp_path):
+    run = write_trained_run(tmp_path, weights="source")
+    change(run, "settings", layout_plan="plans/mine.json", freeze_embeddings=True, freeze_layers=2)
+    text = render_card(read_run(run))
+    for name, value in (("new layers", "as in mine.json"), ("freeze embeddings", "True"), ("freeze layers", "2")):
+        assert f"| {name} | {value} |" in text
+
+
 def test_cost_relative_to_the_source_if_it_is_on_this_machine(tmp_path):
     source = write_trained_run(tmp_path / "source", changes={"blocks": "1,1"})
     run = write_trained_run(tmp_path / "mine", weights="source")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, run_command, tiny_config
 
-from funnel.analysis import figures
+from funnel.analysis import figures, learning_curves
 from funnel.analysis.heat_map import cluster_order, draw_heat_map
 from funnel.analysis.learning_curves import MAX_GROUPS, Quantity, mean_curve, plot_learning_curves, spread
 from funnel.analysis.report import COLUMNS, format_scores, markdown_table, render_page, short_command, table_row
@@ -242,6 +242,19 @@ def test_folds_are_one_group_per_number_of_folds(runs, tmp_path):
     cells = [dict(zip(COLUMNS, table_row(group), strict=True))["seeds"] for group in groups]
     assert cells == ["2 x 2 folds", "1 fold", "1"]
     assert dict(zip(COLUMNS, table_row(groups[0][:2]), strict=True))["seeds"] == "2 folds"
+    (curves,) = plot_learning_curves([groups[0][:2], groups[2]])
+    assert [entry.text for entry in curves.legend] == ["layout 1,1, 2 folds", "layout 1,1"]
+
+
+def test_a_diverged_group_is_the_first_to_lose_its_color(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning_curves, "MAX_GROUPS", 1)
+    diverged, good = (read_run(runs / name) for name in "ac")
+    for run in (diverged, good):
+        run.settings["metrics"] = ["rmse"]
+        run.final["rmse"] = 0.5
+    diverged.final["rmse"] = None
+    (curves,) = plot_learning_curves([[diverged], [good]])
+    assert [entry.number for entry in curves.legend] == [2]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -406,7 +419,7 @@ def test_classes_without_confusions_keep_their_order(matrix):
 def test_groups_of_runs_are_compared_on_one_axis(runs):
     (curves,) = plot_learning_curves(group_by_settings([read_run(runs / name) for name in "abc"]))
     assert [entry.text for entry in curves.legend] == ["layout 1,1, 2 seeds", "layout 1,1,1"]
-    assert (curves.n_gray, curves.has_seeds) == (0, True)
+    assert (curves.n_gray, curves.has_repetitions) == (0, True)
     for drawing in curves.figures:
         assert re.findall(r"<title>([^<]*)</title>", drawing) == ["1: a", "1: b", "1: a, b", "2: c"]
         assert ">step<" in drawing

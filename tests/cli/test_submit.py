@@ -93,11 +93,11 @@ def test_only_glue_tasks_have_submissions(task, glue, tmp_path, capsys):
 
 def test_a_folder_that_is_not_a_run_is_an_error(glue, tmp_path, capsys):
     run = write_run(tmp_path / "run", "sst2")
-    assert main(["submit", str(run / "best"), "--data", str(glue), "--out", str(tmp_path / "answers")]) == 2
-    assert "not a run folder (run.json is missing)" in capsys.readouterr().err
+    assert main(["submit", str(glue), "--data", str(glue), "--out", str(tmp_path / "answers")]) == 2
+    assert "not a run or one of its checkpoints (run.json is missing" in capsys.readouterr().err
     (run / "run.json").write_text("{}")
     assert main(["submit", str(run), "--data", str(glue), "--out", str(tmp_path / "answers")]) == 2
-    assert "expected settings with the name of a task" in capsys.readouterr().err
+    assert "names no task" in capsys.readouterr().err
 
 
 def test_a_missing_data_folder_is_an_error(tmp_path, capsys):

@@ -96,6 +96,13 @@ def test_a_missing_script_is_an_error(tmp_path, monkeypatch, capsys):
     assert "--script my/train.py: no such file" in capsys.readouterr().err
 
 
+def test_the_extra_of_the_report_is_required_before_the_first_run(folder, monkeypatch, capsys):
+    monkeypatch.setattr("funnel.cli.sweep.run_training", None)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert main(["sweep", "--out", "s", *QUICK]) == 2
+    assert "the report needs the extra report" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -57,6 +57,16 @@ def test_tags_of_a_column_file_are_written_to_a_column_file(run, tmp_path, capsy
     assert [sentence.tags for sentence in written] == [classifier.tag_names(row) for row in tags]
 
 
+def test_default_outputs_of_files_that_differ_in_their_unknown_suffix_differ(run, tmp_path):
+    for name in ("eng.testa", "eng.testb"):
+        (tmp_path / name).write_text(WORDS)
+        assert main(["predict", str(run), "--file", str(tmp_path / name)]) == 0
+    assert {path.name for path in run.glob("predictions-eng*")} == {
+        "predictions-eng.testa.conll",
+        "predictions-eng.testb.conll",
+    }
+
+
 def test_tags_of_objects_are_written_in_order_with_empty_sentences(run, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"tokens": ["new york", "a"]}\n{"tokens": []}\n{"tokens": ["i"]}\n')
     assert main(["predict", str(run), "--file", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
@@ -105,12 +115,15 @@ def test_evaluate_prints_scores_by_type_and_writes_them(run, tmp_path, capsys):
             "the entities of texts are written to .jsonl",
         ),
         (["predict", "{run}", "--file", "{tmp}/none.csv"], "none.csv: no such file"),
+        (["predict", "{run}", "a", "--ensemble", "{run}"], "--ensemble averages the predictions of text classifiers"),
+        (["evaluate", "{run}", "{tmp}/ok.conll", "--ensemble", "{run}"], "--ensemble averages the predictions"),
         (["predict", "{run}", "a", "--pair", "b"], "--pair has no effect for a token classifier"),
         (["explain", "{run}", "a"], "expected a text classifier, found a token classifier"),
     ],
 )
 def test_invalid_arguments_are_errors_on_one_line(arguments, message, run, tmp_path, capsys):
     (tmp_path / "bad.conll").write_text("a\tO\nb\tB-zoo\n")
+    (tmp_path / "ok.conll").write_text(WORDS)
     (tmp_path / "t.csv").write_text("text\na\n")
     assert main([argument.format(run=run, tmp=tmp_path) for argument in arguments]) != 0
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]

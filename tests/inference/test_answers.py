@@ -202,7 +202,7 @@ def test_evaluate_prints_metrics_and_wrong_answers(run, tmp_path, capsys):
     [
         (["predict", "{run}", "Who ?"], "--pair is required: the text that contains the answer"),
         (["predict", "{run}", "--file", "{none}"], "--file {none}: no such file; expected a .json or"),
-        (["predict", "{run}", "--file", "{file}", "--out", "x.csv"], "--out x.csv: expected the name of a .json file"),
+        (["predict", "{run}", "--file", "{file}", "--out", "x.csv"], "--out x.csv: unknown format; expected a .json file"),
         (["predict", "{run}", "--file", "{file}", "--out", "{file}"], "this command reads the file"),
         (["predict", "{run}", "--file", "{file}", "--text-column", "a"], "--text-column does not apply"),
         (["evaluate", "{run}", "{file}", "--label-column", "a"], "--label-column does not apply"),

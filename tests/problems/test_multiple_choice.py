@@ -1,5 +1,7 @@
 """Multiple choice: loss, error analysis, training, prediction, export."""
 
+import csv
+import gzip
 import json
 from types import SimpleNamespace
 
@@ -17,6 +19,8 @@ from funnel.data.encoding import encode_in_memory
 from funnel.data.tasks import TASKS, locate_files
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
+from funnel.inference.choices import ChoicePrediction
+from funnel.inference.predictions import write_choices
 from funnel.model.checkpoint import Checkpoint
 from funnel.problems import multiple_choice as module
 from funnel.problems.registry import encode_split
@@ -239,6 +243,10 @@ def test_training_resuming_prediction_evaluation_and_report(tmp_path, capsys):
     lines = (tmp_path / "out.csv").read_text().splitlines()
     assert lines[0] == "index,label,choice,probability of A,probability of B,probability of C,question"
     assert len(lines) == 6
+    prediction = ChoicePrediction(0, "a\rb", 0.9, [0.9, 0.1])
+    write_choices([(ChoiceExample("", "x\ry", ("a\rb", "c")), prediction)], tmp_path / "returns.csv.gz")
+    with gzip.open(tmp_path / "returns.csv.gz", "rt", newline="") as file:
+        assert list(csv.reader(file))[1:] == [["0", "A", "a\nb", "0.900000", "0.100000", "x\ny"]]
 
     answerer = MultipleChoice.load(run, device="cpu", dtype="fp32")
     for row, example in zip(rows, make_rows(5), strict=True):

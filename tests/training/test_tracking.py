@@ -220,10 +220,14 @@ def test_its_environment_variables_name_the_run(fake_wandb, tmp_path, monkeypatc
     assert "name" not in fake_wandb.arguments[0]
 
 
-def test_a_refused_run_is_an_error_before_training(fake_wandb, tmp_path, monkeypatch):
-    monkeypatch.setattr(fake_wandb, "init", lambda **_: 1 / 0)
-    with pytest.raises(FunnelError, match=r"wandb: the run could not be started \(division by zero\).*WANDB_MODE=offline"):
-        start(tmp_path / "run", wandb=True)
+def test_a_refused_run_is_an_error_before_training_and_has_sent_nothing(fake_wandb, tmp_path, monkeypatch):
+    log_steps(start(tmp_path / "run"), 10, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_wandb, "init", lambda **_: 1 / 0)
+        with pytest.raises(FunnelError, match=r"wandb: the run could not be started \(division by zero\).*WANDB_MODE=offline"):
+            start(tmp_path / "run", resume_at=(20, 20), wandb=True)
+    log_steps(start(tmp_path / "run", resume_at=(20, 20), wandb=True), 30)
+    assert [values["step"] for values in fake_wandb.logged] == [10, 20, 20, 30]
 
 
 def offline_points(path: Path) -> list[tuple[str, int, float]]:
