@@ -22,7 +22,7 @@ from funnel.problems.registry import PROBLEMS
 from funnel.problems.task_args import TaskArgs, load_task
 
 # A few rows of every file as distributed. Per task: {file: content}, the texts and the labels of train, the number of rows of
-# the evaluation sets, and the number of rows of the unlabelled files.
+# the evaluation sets, and the number of rows of the unlabeled files.
 HEADER = "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
 MNLI_ROW = "{}\t31193\t31193n\tgovernment\t( a )\t( b )\t(ROOT a)\t(ROOT b)\tConceptually cream skimming .\tProduct {} .\t"
 STSB_HEADER = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2"

@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).parent.parent.parent
 PHONE = 390
-COLOURS = 200  # of the images for the docs, which makes them smaller
+COLORS = 200  # of the images for the docs, which makes them smaller
 TEXTS = [
     "A gripping, beautifully acted story about two brothers that never takes the easy way out.",
     "Two hours that I will never get back.",
@@ -128,7 +128,7 @@ def main() -> None:
     if not args.all:
         for (name, width, theme), path in DOCS.items():
             screenshot = args.output / f"{name}_{width}_{theme}.png"
-            Image.open(screenshot).convert("RGB").quantize(COLOURS).save(args.output / path, optimize=True)
+            Image.open(screenshot).convert("RGB").quantize(COLORS).save(args.output / path, optimize=True)
             screenshot.unlink()
 
 

@@ -489,13 +489,13 @@ def test_theme_follows_the_system_until_it_is_chosen(open_page):
     expect(button).to_have_attribute("aria-pressed", "false")
 
 
-# The lowest contrast of a text, computed from the drawn colours: backgrounds are mixed in the order of their elements.
+# The lowest contrast of a text, computed from the drawn colors: backgrounds are mixed in the order of their elements.
 LOWEST_CONTRAST = """() => {
   const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 });
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  const draw = (...colours) => {
+  const draw = (...colors) => {
     context.clearRect(0, 0, 1, 1);
-    for (const colour of colours) { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); }
+    for (const color of colors) { context.fillStyle = color; context.fillRect(0, 0, 1, 1); }
     return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map(value => value / 255);
   };
   const luminance = rgb => {
