@@ -7,11 +7,12 @@ from types import ModuleType
 import pytest
 from conftest import ROOT
 
-from benchmarks.studies import glue, layouts
+from benchmarks.studies import glue, layouts, problems
 from funnel.model.config import FunnelConfig
 
 REPORTS = [
     (glue, ["--report"]),
+    (problems, ["--report"]),
     (layouts, ["--weights", "minilm", "--report", "--epochs", "0.25", "1"]),
 ]
 
