@@ -128,10 +128,10 @@ class WandB:
             is_new = not path.is_file()
             run_id = os.environ.get("WANDB_RUN_ID") or (secrets.token_hex(4) if is_new else path.read_text(encoding="utf-8"))
         defaults = {"WANDB_DIR": ("dir", str(run.folder)), "WANDB_NAME": ("name", run.folder.name)}
-        chosen = dict(argument for variable, argument in defaults.items() if variable not in os.environ)
+        chosen: dict[str, Any] = dict(argument for variable, argument in defaults.items() if variable not in os.environ)
         config = {name: value for name, value in run.settings.items() if name not in NO_SETTINGS}
         try:
-            self.run: Any = wandb.init(id=run_id, resume="allow", config=config, **chosen)  # type: ignore[arg-type]
+            self.run: Any = wandb.init(id=run_id, resume="allow", config=config, **chosen)
         except Exception as error:
             raise FunnelError(
                 f"wandb: the run could not be started ({error_reason(error)}); log in with `wandb login`, or set "
