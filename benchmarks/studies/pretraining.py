@@ -53,7 +53,7 @@ class Recipe:
 DISTILL = "--objective distill --states pooled --decoder-layers 0 --pairs --max-length 64 --batch-size 64 --lr 3e-4".split()
 RECIPES = {
     "minilm": Recipe({name: [*DISTILL, "--blocks", name] for name in ("2,2,2", "4,2")}, 1_500, 5e-5),
-    "electra": Recipe({"electra": ["--blocks", "2,2,2", "--d-model", "256", "--vocab", "8192"]}, 10_000, 1e-4),
+    "electra": Recipe({"electra": ["--blocks", "2,2,2", "--d-model", "256", "--vocab", "8192"]}, 4_000, 1e-4),
 }
 
 
