@@ -121,7 +121,6 @@ class Data(NamedTuple):
         dev_sets: by what their metrics begin with, such as "high "; "" if there is only one.
     """
 
-    task: Task
     train_set: Dataset
     dev_sets: dict[str, Dataset]
 
@@ -178,7 +177,7 @@ def load_data(task: Task, built: BuiltModel, max_length: int) -> Data:
     dev_sets = {level: encode_split(task, split, built.tokenizer, max_length) for split, level in levels.items()}
     if not dev_sets:
         train_set, dev_sets[""] = train_set.split(DEFAULT_DEV_SHARE, seed=0)
-    return Data(task, train_set, dev_sets)
+    return Data(train_set, dev_sets)
 
 
 def funnel_predict(built: BuiltModel, dataset: Dataset, recipe: Recipe) -> Tensor:

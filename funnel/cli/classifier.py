@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from funnel.inference.predictor import Predictor
 
 AnyPredictor = TypeVar("AnyPredictor", bound="Predictor")
-EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll", ".bio", ".iob")  # not part of the name of an output
 
 
 def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,9 +85,13 @@ def choose_output(args: argparse.Namespace, suffixes: Sequence[str], default: st
     Raises:
         FunnelError: the name has another suffix, or as `check_output`.
     """
+    from funnel.data.formats import FORMATS
+    from funnel.problems import token_labels
+
     if args.out is None:
         name = Path(args.file.name.removesuffix(".gz").removesuffix(".xz"))
-        out = Path(args.run / f"predictions-{name.stem if name.suffix.lower() in EXTENSIONS else name}{default}")
+        known = (*FORMATS, *token_labels.SUFFIXES)
+        out = Path(args.run / f"predictions-{name.stem if name.suffix.lower() in known else name}{default}")
     else:
         out = Path(args.out)
         if not out.name.lower().endswith(tuple(suffixes)):

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import re
 import sys
 from collections.abc import Iterable
@@ -101,6 +100,8 @@ def _predict_file(args: argparse.Namespace) -> None:
 
 def _write_tags(classifier: "TokenClassifier", sentences: "TaggedFile", file: TextIO, as_columns: bool) -> int:
     """Writes the tags of sentences, and returns the number of sentences."""
+    from funnel.inference.predictions import write_json_line
+
     count = 0
     for sentence, tags in classifier.predict_file(sentences):
         names = classifier.tag_names(tags)
@@ -109,26 +110,23 @@ def _write_tags(classifier: "TokenClassifier", sentences: "TaggedFile", file: Te
             file.write("".join(f"{word}\t{name}\n" for word, name in zip(words, names, strict=True)) + "\n")
         else:
             probabilities = [round(float(p), 6) for p in tags.probabilities]
-            _write(file, {"index": count, "tokens": sentence.words, "tags": names, "probabilities": probabilities})
+            write_json_line({"index": count, "tokens": sentence.words, "tags": names, "probabilities": probabilities}, file)
         count += 1
     return count
 
 
 def _write_entities(classifier: "TokenClassifier", texts: "ExampleFile", file: TextIO) -> int:
     """Writes the entities of texts, and returns the number of texts."""
+    from funnel.inference.predictions import write_json_line
     from funnel.inference.tokens import CHUNK_SIZE
 
     count = 0
     rows = texts.rows()
     while chunk := [row.text for row in itertools.islice(rows, CHUNK_SIZE)]:
         for text, entities in zip(chunk, classifier(chunk), strict=True):
-            _write(file, {"index": count, "text": text, "entities": [entity._asdict() for entity in entities]})
+            write_json_line({"index": count, "text": text, "entities": [entity._asdict() for entity in entities]}, file)
             count += 1
     return count
-
-
-def _write(file: TextIO, values: dict[str, Any]) -> None:
-    file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
 def _print_entities(text: str, entities: list["Entity"]) -> None:

@@ -54,7 +54,7 @@ def write_choices(predictions: Iterable[tuple[ChoiceExample, ChoicePrediction]],
         for example, prediction in predictions:
             answer = {"index": count, "label": prediction.letter, "choice": prediction.choice}
             if file_format(path) == "jsonl":
-                _write_json_line({**answer, "probabilities": prediction.probabilities, "question": example.question}, file)
+                write_json_line({**answer, "probabilities": prediction.probabilities, "question": example.question}, file)
             else:
                 if count == 0:
                     names = [f"probability of {choice_name(choice)}" for choice in range(len(example.choices))]
@@ -80,7 +80,8 @@ def _table_writer(file: TextIO, path: Path) -> Any:
     return csv.writer(file, delimiter="\t" if file_format(path) == "tsv" else ",", lineterminator="\n")
 
 
-def _write_json_line(values: Mapping[str, object], file: TextIO) -> None:
+def write_json_line(values: Mapping[str, object], file: TextIO) -> None:
+    """Writes an object to a jsonl file."""
     file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
@@ -92,7 +93,7 @@ def _write_json_lines(predictions: Iterable[tuple[Example, Prediction]], columns
         if prediction.probabilities:
             values["probabilities"] = prediction.probabilities
         values |= zip(columns, _copied_values(example), strict=True)
-        _write_json_line(values, file)
+        write_json_line(values, file)
         count += 1
     return count
 

@@ -72,7 +72,7 @@ def list_mistakes(
     """The rows with the highest cost, with their texts.
 
     Args:
-        cost: [n]; -inf for rows that are no mistakes.
+        cost: [n]; -inf for rows that are not mistakes.
         describe: label and prediction of a row.
     """
     order = np.argsort(-cost, kind="stable")[:MAX_MISTAKES]
