@@ -121,7 +121,7 @@ class QuestionAnswerer(Predictor):
             return []
         source = InMemoryQuestions(questions)
         dataset = encode_in_memory(source, self.encoder, self.tokenizer, self.inputs.max_length)
-        return [self.to_answer(found) for found in self.problem.decode(self.run(dataset), dataset)]
+        return [self.to_answer(found) for found in self.problem.decode(self.run_checked(dataset), dataset)]
 
     def to_answer(self, found: Candidates) -> Answer:
         """Converts the candidates of one question."""

@@ -88,7 +88,7 @@ class MultipleChoice(Predictor):
             rows = [row for row, example in enumerate(examples) if len(example.choices) == n_choices]
             source = InMemoryQuestions(tuple(examples[row] for row in rows))
             dataset = encode_in_memory(source, ChoiceEncoder(), self.tokenizer, self.inputs.max_length)
-            for row, scores in zip(rows, self.run(dataset), strict=True):
+            for row, scores in zip(rows, self.run_checked(dataset), strict=True):
                 results[row] = scores
         return results
 
@@ -105,7 +105,7 @@ class MultipleChoice(Predictor):
         Raises:
             FunnelError: the file is malformed.
         """
-        results = self.run(encode_examples(source, ChoiceEncoder(), self.tokenizer, self.inputs.max_length))
+        results = self.run_checked(encode_examples(source, ChoiceEncoder(), self.tokenizer, self.inputs.max_length))
         for example, scores in zip(source.rows(), results, strict=True):
             yield example, self.to_prediction(example, scores)
 

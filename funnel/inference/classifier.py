@@ -91,7 +91,7 @@ class Classifier(Predictor):
                 prediction has the probabilities of all classes.
 
         Raises:
-            FunnelError: a text is not a string, texts and pairs do not match, or `top_k` is invalid.
+            FunnelError: a text is not a string, texts and pairs do not match, `top_k` is invalid, or logits are not finite.
         """
         if pairs is not None and isinstance(pairs, str) != isinstance(texts, str):
             raise FunnelError("texts and pairs must both be strings or both be lists of strings", "pairs")
@@ -107,11 +107,11 @@ class Classifier(Predictor):
         """Returns the logits of texts in their order, [n_texts, n_outputs], float32 on the CPU; updates `n_truncated`.
 
         Raises:
-            FunnelError: as `FunnelTokenizer.encode`.
+            FunnelError: as `FunnelTokenizer.encode`, or the logits are not finite.
         """
         if not texts:
             return torch.empty(0, self.model.config.num_labels)
-        return self.run(encode_texts(texts, pairs, self.tokenizer, self.inputs.max_length))
+        return self.run_checked(encode_texts(texts, pairs, self.tokenizer, self.inputs.max_length))
 
     def to_prediction(self, logits: Tensor) -> Prediction:
         """Converts the logits of one text, [n_outputs]."""
@@ -149,7 +149,7 @@ class Classifier(Predictor):
         """Yields the examples of a file with their predictions, in order, with a progress bar on standard error.
 
         Raises:
-            FunnelError: the file is malformed.
+            FunnelError: the file is malformed, or logits are not finite.
         """
         rows = source.rows()
         with tqdm(desc=source.path.name, unit="text", disable=None, dynamic_ncols=True) as progress:

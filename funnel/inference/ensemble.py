@@ -98,7 +98,7 @@ class Ensemble(Classifier):
         name = source.path.name
         datasets = [classifier.encode_file(source, labels) for classifier in self.classifiers]
         pairs = zip(self.classifiers, datasets, strict=True)
-        results = self.average([classifier.checked_results(dataset, name) for classifier, dataset in pairs]).float()
+        results = self.average([classifier.run_with_progress(dataset, name) for classifier, dataset in pairs]).float()
         scores = self.problem.score(results, datasets[0], metrics)
         return scores, self.problem.analyze(results, datasets[0], self.tokenizer)
 

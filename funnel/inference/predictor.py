@@ -193,15 +193,24 @@ class Predictor:
         Raises:
             FunnelError: a metric is unknown, or outputs are not finite.
         """
-        results = self.checked_results(dataset, name)
+        results = self.run_with_progress(dataset, name)
         return self.problem.score(results, dataset, metrics), self.problem.analyze(results, dataset, self.tokenizer)
 
-    def checked_results(self, dataset: Dataset, name: str) -> Tensor:
-        """As `run`, with a progress bar on standard error; `name` is the dataset's.
+    def run_checked(self, dataset: Dataset, name: str = "the input", how: Pass = WHOLE_SET) -> Tensor:
+        """As `run`.
+
+        Args:
+            name: the dataset's, for the message.
 
         Raises:
             FunnelError: outputs are not finite.
         """
+        results = self.run(dataset, how)
+        check_finite(results, name, self.dtype)
+        return results
+
+    def run_with_progress(self, dataset: Dataset, name: str) -> Tensor:
+        """As `run_checked`, with a progress bar on standard error."""
         n_batches = math.ceil(len(dataset) / BATCH_SIZE)
         progress = tqdm(desc=name, total=n_batches, unit="batch", disable=None, dynamic_ncols=True)
 
@@ -209,9 +218,7 @@ class Predictor:
             progress.update()
 
         with progress:
-            results = self.run(dataset, Pass(poll=advance))
-        check_finite(results, name, self.dtype)
-        return results
+            return self.run_checked(dataset, name, Pass(poll=advance))
 
 
 def describe_truncation(count: int, what: str, limit: int) -> str:

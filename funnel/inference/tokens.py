@@ -101,7 +101,7 @@ class TokenClassifier(Predictor):
         if not sentences:
             return []
         dataset = encode_in_memory(InMemorySentences(sentences), TokenEncoder(None), self.tokenizer, self.inputs.max_length)
-        results, words = self.run(dataset), labeled_tokens(dataset)
+        results, words = self.run_checked(dataset), labeled_tokens(dataset)
         _, ids, probabilities = results[words.rows, words.columns].numpy().T
         ends = np.cumsum([len(sentence) for sentence in sentences])[:-1]
         pairs = zip(np.split(ids.astype(np.int64), ends), np.split(probabilities, ends), strict=True)

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def test_non_string_inputs_are_errors(texts, message, classifier_folder):
         classifier(texts)
     with pytest.raises(FunnelError, match=message.replace("texts", "pairs") if texts is not None else message):
         classifier(texts if texts is None else ["a"], texts)
+
+
+def test_logits_that_are_not_finite_are_an_error(classifier_folder, tmp_path):
+    classifier = Classifier.load(classifier_folder, dtype="bf16")
+    torch.nn.init.constant_(next(classifier.model.classifier.parameters()), math.nan)
+    with pytest.raises(FunnelError, match=r"logits of 2 examples of the input are not finite in bf16; use dtype fp32"):
+        classifier(["a", "b"])
+    (tmp_path / "in.csv").write_text("text\na good film\n")
+    with pytest.raises(FunnelError, match="not finite"):
+        next(classifier.predict_file(ExampleFile(tmp_path / "in.csv", ("text",))))
 
 
 def test_no_texts_have_no_logits(classifier_folder):
