@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed.pretrain_gpu                    # needs PyTorch and a CUDA device; no network, no corpus
     python -m benchmarks.speed.pretrain_gpu --device cpu --d-model 128 --vocab 8000 --batch-size 8
+    python -m benchmarks.speed.pretrain_gpu --assume-tflops 132   # measures nothing: the paper's runs at this rate
 
 Steps are those of pretrain.py (bf16, dropout, clipping, fused AdamW, CUDA graphs on a GPU), on random token ids without
 padding. The teacher of the distillation is a BERT of the same width with as many layers. MFU: the FLOPs of a step's matrix
@@ -101,8 +102,8 @@ def matmul_peak(device: torch.device) -> float:
     return 2 * size**3 / median_seconds(lambda: a @ b, device)
 
 
-def measure(name: str, options: argparse.Namespace, peak: float) -> dict[str, Any]:
-    """Times the training step of one objective."""
+def count_flops(name: str, options: argparse.Namespace) -> tuple[FunnelConfig, int]:
+    """The model's sizes, and the FLOPs of a training step."""
     config = FunnelConfig(
         vocab_size=options.vocab,
         blocks=parse_blocks(options.blocks),
@@ -110,14 +111,26 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> dict[str, An
         n_head=max(1, options.d_model // 64),
         d_inner=4 * options.d_model,
     )
+    batch = random_batch((options.batch_size, options.length), config.vocab_size).map(lambda t: t.to("meta"))
+    with torch.device("meta"):
+        return config, training_flops(build(name, config), batch)
+
+
+def estimate(tokens_per_s: float) -> str:
+    """How long the paper's pretraining takes at this rate per device."""
+    days = PAPER_TOKENS / tokens_per_s / 86400
+    return f"  1M steps x 256 x 512 tokens: {days:.1f} days on one device, {days / GPUS:.1f} on {GPUS} with linear scaling"
+
+
+def measure(name: str, options: argparse.Namespace, peak: float) -> dict[str, Any]:
+    """Times the training step of one objective."""
+    config, flops = count_flops(name, options)
     device, shape = torch.device(options.device), (options.batch_size, options.length)
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     args = PretrainArgs(objective="mlm", corpus=(Path("unused"),), dtype="bf16", compile=options.compile)
-    with torch.device("meta"):
-        flops = training_flops(build(name, config), random_batch(shape, config.vocab_size).map(lambda t: t.to("meta")))
     started = time.perf_counter()
     module: nn.Module = build(name, config).to(device).train()
     trainer = LoopTrainer(module, objective_loss, train_step, args)
@@ -147,7 +160,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=Path, help="append the rows to this file")
+    parser.add_argument("--assume-tflops", type=float, help="estimate the paper's runs from this rate of matrix products")
     options = parser.parse_args()
+    if options.assume_tflops:
+        for name in options.objectives:
+            _, flops = count_flops(name, options)
+            tokens = options.batch_size * options.length
+            print(f"{name}: {flops / tokens / 1e6:.0f} MFLOPs per token")
+            print(estimate(options.assume_tflops * 1e12 / flops * tokens))
+        return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(1, "error: no CUDA device; try --device cpu with a smaller model\n")
     device = torch.device(options.device)
@@ -157,11 +178,7 @@ def main() -> None:
     for name in options.objectives:
         row = measure(name, options, peak)
         print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
-        days = PAPER_TOKENS / row["tokens_per_s"] / 86400
-        print(
-            f"  1M steps x 256 x 512 tokens: {days:.1f} days on one device, {days / GPUS:.1f} on {GPUS} with linear scaling",
-            flush=True,
-        )
+        print(estimate(row["tokens_per_s"]), flush=True)
         if options.json:
             with options.json.open("a") as file:
                 file.write(json.dumps({"card": card, "torch": torch.__version__, "peak_tflops": peak / 1e12, **row}) + "\n")
