@@ -20,7 +20,7 @@ import torch
 from funnel.cli.common import run_script
 from funnel.data.batches import Batch
 from funnel.errors import FunnelError
-from funnel.options import check_options, option
+from funnel.options import option
 from funnel.pretraining.batches import PretrainData, SequenceFormat
 from funnel.pretraining.build import ModelArgs, PretrainModel, build_model, build_objective, restore_objective
 from funnel.pretraining.corpus import prepare_corpus, train_tokenizer
@@ -68,7 +68,6 @@ class PretrainArgs(RunArgs, ModelArgs):
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
         ModelArgs.__post_init__(self)
         self.check_run()
         self.check_model()

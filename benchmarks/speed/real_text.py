@@ -126,5 +126,4 @@ class RealText:
 def pad(batch: Batch, length: int) -> Batch:
     """Pads a batch to at least `length` tokens, with zeros (the padding token of BERT's vocabulary)."""
     missing = max(0, length - batch.input_ids.shape[1])
-    inputs: dict[str, Any] = {name: F.pad(tensor, (0, missing)) for name, tensor in batch.inputs.items()}
-    return replace(batch, **inputs)
+    return replace(batch, inputs={name: F.pad(tensor, (0, missing)) for name, tensor in batch.inputs.items()})

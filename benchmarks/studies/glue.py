@@ -112,7 +112,6 @@ def run_model(run: Run, settings: Settings) -> Result:
 def run_funnel(run: Run, settings: Settings) -> dict[str, float]:
     """Runs train.py on the converted weights."""
     folder = settings.out / f"{run.task}_{run.blocks.replace(',', '-')}_seed{run.seed}"
-    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
     arguments = ["--task", run.task, "--data", str(settings.data), "--weights", str(settings.converted)]
     arguments += ["--blocks", run.blocks, "--seed", str(run.seed), "--epochs", str(run.epochs)]
     arguments += ["--lr", str(run.lr), "--eval-every", "1000000"]  # only after the last step
@@ -203,9 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=["cola", "rte", "mrpc", "stsb"])
     parser.add_argument("--data", type=Path, help="folder with a folder per task, such as CoLA and SST-2")
     parser.add_argument("--source", type=Path, help="folder of a BERT in transformers' format")
-    parser.add_argument(
-        "--models", nargs="+", default=[BERT, "6", "4,2", "3,3", "2,2,2", "1,5"], help="layouts, and BERT for the source itself"
-    )
+    parser.add_argument("--models", nargs="+", default=MODELS, help="layouts, and BERT for the source itself")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, help="(default: the task's)")
     parser.add_argument("--lr", type=float, help="learning rate (default: the task's)")

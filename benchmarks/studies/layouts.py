@@ -117,8 +117,6 @@ def run_training(run: Run, settings: Settings) -> Result:
         arguments += ["--data", str(settings.data)]
     if is_funnel_checkpoint(folder / "last"):
         arguments.append("--resume")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was interrupted before its first checkpoint
     accuracy = train(arguments, folder, settings.jobs)["accuracy"]
     batch_size = read_json(folder / "run.json")["settings"]["batch_size"]
     flops = total_flops(load_config(folder / "last"), settings.length, batch_size)

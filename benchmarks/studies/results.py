@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -76,10 +77,12 @@ def train(arguments: Sequence[str], folder: Path, jobs: int) -> dict[str, float]
     """Runs train.py in a separate process and returns the last evaluation on dev.
 
     Args:
-        folder: of the run.
+        folder: of the run; removed before it starts, unless it is resumed.
         jobs: number of runs at a time, which share the cores.
     """
     command = [sys.executable, str(ROOT / "train.py"), *arguments, "--out", str(folder)]
+    if "--resume" not in arguments:
+        shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
     print("+ " + " ".join(command[1:]), file=sys.stderr, flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment(jobs))
     num_steps = read_json(folder / "run.json")["settings"]["steps"]

@@ -187,9 +187,8 @@ def _quantize(path: Path, source: "Source") -> None:
 
 def _print_source(source: "Source") -> None:
     print(f"read      {source.folder}: {source.format} format, {source.architecture}, blocks {source.config.layout}")
-    for title, reasons in (("unused", source.unused), ("new", source.initialized)):
-        for reason, names in _group_by_reason(reasons).items():
-            print(f"{title:<9} {format_list(names, 3)} ({reason})")
+    for reason, names in _group_by_reason(source.unused).items():
+        print(f"unused    {format_list(names, 3)} ({reason})")
 
 
 def _group_by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:

@@ -72,17 +72,18 @@ def _open(args: argparse.Namespace, tag_column: str | None) -> "TaggedFile":
 def _predict_file(args: argparse.Namespace) -> None:
     """Writes the tags of a file's sentences, or the entities of its texts."""
     from funnel.data.custom import ColumnChoice, open_examples
+    from funnel.data.formats import file_format
     from funnel.data.tagged import WORDS, TaggedFile, has_token_lists, is_column_file
     from funnel.inference.tokens import TokenClassifier
     from funnel.io import atomic_write
 
-    is_column = is_column_file(args.file) and args.file.suffix != ".csv"
+    is_column = is_column_file(args.file) and file_format(args.file) != "csv"
     out = choose_output(args, OUTPUTS, ".conll" if is_column else ".jsonl")
     source: TaggedFile | ExampleFile
     with positional("file"):
         if is_column or has_token_lists(args.file, [args.text_column or WORDS]):
             source = replace(_open(args, None), labeled=False)
-        elif out.suffix == ".conll":
+        elif out.suffix.lower() == ".conll":
             raise FunnelError(f"out {out}: the entities of texts are written to .jsonl files", "out")
         else:
             source = open_examples(args.file, ColumnChoice(args.text_column, labeled=False), "file")
@@ -92,7 +93,7 @@ def _predict_file(args: argparse.Namespace) -> None:
         temporary.open("w", encoding="utf-8", newline="") as file,
     ):
         if isinstance(source, TaggedFile):
-            written = plural(_write_tags(classifier, source, file, as_columns=out.suffix == ".conll"), "sentence")
+            written = plural(_write_tags(classifier, source, file, as_columns=out.suffix.lower() == ".conll"), "sentence")
         else:
             written = plural(_write_entities(classifier, source, file), "text")
     print(f"wrote predictions for {written} to {out}")

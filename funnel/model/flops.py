@@ -18,7 +18,7 @@ from funnel.model.config import FunnelConfig
 from funnel.model.heads import FunnelForSequenceClassification, FunnelForTokenClassification, FunnelPreTrainedModel
 from funnel.model.tiled_attention import MAX_KEYS_TO_SAVE
 
-SEGMENT_CHANNELS = 4  # as in attention.py
+SEGMENT_CHANNELS = 4  # of the segments' encodings in attention.py
 
 
 class ModuleCost(NamedTuple):

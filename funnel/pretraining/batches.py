@@ -275,7 +275,7 @@ class PretrainData:
 
     def sample(self) -> Batch:
         """A batch of held-out sequences on the CPU."""
-        return self.batches(self.dev_set, torch.device("cpu")).evaluation(EVALUATION_BATCH_SIZE)[0]
+        return self.batches(self.dev_set, torch.device("cpu")).evaluation()[0]
 
     def settings(self) -> dict[str, Any]:
         """The settings of a run that are derived from its data, as in `run_dir.describe_data`."""

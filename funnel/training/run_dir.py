@@ -156,6 +156,7 @@ class RunDir:
                 if record["settings"]["steps"] != derived["steps"]:
                     record["settings"].update({duration: getattr(args, duration), "steps": derived["steps"]})
                     record["arguments"][duration] = getattr(args, duration)
+                    record["settings"].pop("stopped_at", None)
                     write_json(self.folder / "run.json", record)
                 kept, repeated = self.truncate_log(state)
                 self.trackers += open_trackers(args, TrackedRun(self.folder, self.settings, kept, repeated))

@@ -124,6 +124,7 @@ class TrainState:
                 parameter,
             )
         self.total_steps, self.schedule_start = total_steps, self.step
+        self.stopped_early, self.not_better = False, 0
         self.warmup = 0.0 if self.optimizer else warmup
 
     def is_due(self, every: int) -> bool:

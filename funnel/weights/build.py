@@ -26,6 +26,7 @@ from funnel.weights.surgery import INITS, KEEPS, NEW_DECODER_LAYERS, LayerPlan
 # correlation of 83.0 instead of 84.0 (MiniLM, 2,2,2, one seed).
 MAX_RAW_MEAN, RAW_STDS = 3.0, (0.5, 2.0)
 MAX_RECOMMENDED_SHARE = 0.95  # of the FLOPs; a layout that saves less is not worth recommending
+CALIBRATION_TEXTS = 64  # from which the LayerNorms of identity layers are calibrated
 MAX_RESCALING = 10  # of a regression head, in deviations; beyond it, the new labels are taken to be in another unit
 # By `weights`; best of the rates tried on the demo task. The tasks' own rates are for pretrained models with more layers.
 LEARNING_RATES = {RANDOM: 5e-4, TINY: 2e-4}
@@ -108,9 +109,9 @@ class BuiltModel(NamedTuple):
         """Writes the plan into a run folder."""
         surgery.write_plan(folder / "layout_plan.json", self.plan)
 
-    def calibrate(self, dataset: Dataset, num_texts: int = 64) -> None:
+    def calibrate(self, dataset: Dataset) -> None:
         """Calibrates the LayerNorms of identity layers on the first texts of a dataset."""
-        batch = dataset.batch(np.arange(min(num_texts, len(dataset))))
+        batch = dataset.batch(np.arange(min(CALIBRATION_TEXTS, len(dataset))))
         surgery.calibrate_layer_norms(self.model, self.plan, *(tensor.flatten(0, -2) for tensor in batch.inputs.values()))
 
     def standardize_labels(self, dataset: Dataset) -> None:

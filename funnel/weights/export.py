@@ -154,7 +154,7 @@ def write_transformers(folder: Path, saved: Checkpoint) -> None:
 
 
 def write_onnx(folder: Path, saved: Checkpoint) -> None:
-    """Writes model.onnx and config.json of a classifier or another model in `EXPORTABLE` into an existing folder.
+    """Writes model.onnx and config.json of a classifier or another model in `AXES` into an existing folder.
 
     config.json says how to use the graph: names of its inputs, maximum length, text columns and labels. The graph returns a
     regression's scores in the units of the labels.

@@ -51,14 +51,12 @@ class ConvertedWeights(NamedTuple):
         weights: the complete state dict of `architecture`; for a BERT or ALBERT also the pooler, if the source has it.
         architecture: name of the model class, one of `MODELS`.
         unused: unused weights of the source; values are the reasons.
-        initialized: weights that the source does not have; values say how they were initialized.
     """
 
     config: FunnelConfig
     weights: dict[str, Tensor]
     architecture: str
     unused: Mapping[str, str] = {}
-    initialized: Mapping[str, str] = {}
 
 
 class Format(NamedTuple):

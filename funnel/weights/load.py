@@ -60,7 +60,6 @@ class Source:
         config, weights, architecture: as in our own checkpoints.
         tokenizer: None if the folder has none.
         unused: unused weights of the files; values are the reasons.
-        initialized: weights that the files do not have; values say how they were initialized.
     """
 
     format: str
@@ -70,7 +69,6 @@ class Source:
     architecture: str
     tokenizer: FunnelTokenizer | None = None
     unused: Mapping[str, str] = field(default_factory=dict)
-    initialized: Mapping[str, str] = field(default_factory=dict)
 
     def require_tokenizer(self) -> FunnelTokenizer:
         """The tokenizer; FunnelError if there is none."""
@@ -107,7 +105,7 @@ class OpenedSource:
             verify_checksums(self.folder, [weight_file])
         tensors = _without_wrappers(checkpoint.read_weight_file(self.folder / weight_file))
         converted = self.format.convert(RawCheckpoint(self.folder, self.config_values, self.config, tensors, tokenizer))
-        return Source(self.format.name, self.folder, *converted[:3], tokenizer, converted.unused, converted.initialized)
+        return Source(self.format.name, self.folder, *converted[:3], tokenizer, converted.unused)
 
 
 def resolve(source: str) -> Path:

@@ -299,7 +299,6 @@ def _calibrate_norm(norm: nn.Module, inputs: tuple[Tensor]) -> None:
     norm.get_parameter("bias").fill_(float(cls_state.mean()))
 
 
-@torch.no_grad()
 def decoder_layers(config: FunnelConfig, requested: int | None) -> int:
     """The number of decoder layers of a model that needs a decoder.
 

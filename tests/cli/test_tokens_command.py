@@ -1,5 +1,6 @@
 """`funnel predict` and `funnel evaluate` with a token classifier."""
 
+import gzip
 import io
 import json
 import re
@@ -78,10 +79,12 @@ def test_tags_of_objects_are_written_in_order_with_empty_sentences(run, tmp_path
     ]
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+@pytest.mark.parametrize("name", ["x.csv", "x.csv.gz", "x.jsonl"])
 def test_entities_of_a_file_of_texts_are_written_as_objects(name, run, tmp_path):
-    content = 'text\n"in New York, i"\nsaw\n' if name == "x.csv" else '{"text": "in New York, i"}\n{"text": "saw"}\n'
-    (tmp_path / name).write_text(content)
+    content = 'text\n"in New York, i"\nsaw\n' if "csv" in name else '{"text": "in New York, i"}\n{"text": "saw"}\n'
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(tmp_path / name, "wt") as file:
+        file.write(content)
     assert main(["predict", str(run), "--file", str(tmp_path / name)]) == 0
     rows = [json.loads(line) for line in (run / "predictions-x.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == ["in New York, i", "saw"]

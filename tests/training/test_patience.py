@@ -87,6 +87,13 @@ def test_a_run_that_stops_early_is_finished(tmp_path, data, capsys):
     assert f"nothing left to do: the run has finished ({stopped_at} steps)" in output
     assert (run / "metrics.jsonl").read_text() == before
 
+    assert run_training("--resume", "--steps", 402, "--out", run) == 0
+    assert f"resumed at step {stopped_at}: a new schedule for {402 - stopped_at} more steps" in capsys.readouterr().out
+    record = json.loads((run / "run.json").read_text())
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert last > stopped_at
+    assert (record["settings"]["steps"], record["settings"].get("stopped_at", 402)) == (402, last)
+
 
 def test_steps_replace_epochs_and_can_be_increased(tmp_path, data, capsys):
     run = tmp_path / "run"
