@@ -195,8 +195,9 @@ def sha256(path: Path) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes the SHA-256 of every file in a folder to its checksums.json."""
-    write_json(folder / CHECKSUMS, {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()})
+    """Writes the SHA-256 of every file in a folder and its subfolders to its checksums.json."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_json(folder / CHECKSUMS, {path.relative_to(folder).as_posix(): sha256(path) for path in files})
 
 
 def verify_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
@@ -213,7 +214,7 @@ def verify_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
     sums = read_json(folder / CHECKSUMS)
     for name in sums if names is None else names:
         path = folder / name
-        if Path(name).name != name or (name in sums and not path.is_file()):
+        if Path(name).is_absolute() or ".." in Path(name).parts or (name in sums and not path.is_file()):
             raise FunnelError(f"{path}: missing; the checkpoint is damaged")
         if name in sums and sha256(path) != sums[name]:
             raise FunnelError(

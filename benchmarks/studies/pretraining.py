@@ -1,20 +1,21 @@
 """The benefit of pretraining: pretrains models with pretrain.py, then fine-tunes each, before and after pretraining.
 
     python -m benchmarks.studies.pretraining --recipe minilm --teacher MINILM --corpus wiki.txt.xz reviews.jsonl.xz --data GLUE
-    python -m benchmarks.studies.pretraining --recipe electra --corpus wiki.txt.xz --data GLUE
+    python -m benchmarks.studies.pretraining --recipe electra --corpus wiki.txt.xz --data GLUE --plot docs/electra.png
+    python -m benchmarks.studies.pretraining --recipe tiny --data GLUE
     python -m benchmarks.studies.pretraining --report
 
 Needs no network: corpus, teacher and data are local. Interrupted runs are resumed, stored results are not repeated. Results are
 appended to --results; those of MiniLM's layouts before distillation are also in glue.jsonl, with the same settings. The
 pretrained weights are written to OUT/NAME.safetensors in float16, in pieces of at most 16 MB (NAME.safetensors.0, .1, ...; join
-them with cat).
+them with cat). The recipe tiny only fine-tunes the package's model, which benchmarks.studies.tiny makes.
 """
 
 import argparse
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,9 @@ import torch
 from benchmarks.studies.results import ROOT, describe_scores, environment, read_results, run_all, train
 from funnel.data.tasks import get_task
 from funnel.model.checkpoint import load_checkpoint, save_weights
+from funnel.options import TINY
 from funnel.problems.metrics import LOWER_IS_BETTER
+from funnel.weights.build import LEARNING_RATES
 
 RESULTS = Path(__file__).with_name("pretraining.jsonl")
 PIECE = 16 * 10**6  # bytes
@@ -36,24 +39,30 @@ class Recipe:
     """How to pretrain and to fine-tune.
 
     Attributes:
-        models: arguments of pretrain.py by name.
+        models: arguments of pretrain.py by name; None for weights of this name that exist already.
         steps: default number of steps.
         lr: learning rate of fine-tuning.
+        tasks: to fine-tune on.
         epochs: of fine-tuning; SST-2, which is larger, is trained for one.
     """
 
-    models: dict[str, list[str]]
+    models: dict[str, list[str] | None]
     steps: int
     lr: float
+    tasks: tuple[str, ...] = ("cola", "stsb", "sst2")
     epochs: float = 4.0
-    tasks: list[str] = field(default_factory=lambda: ["cola", "stsb", "rte", "mrpc", "sst2"])
 
 
 # Texts of GLUE are short. The learning rate was chosen by the training loss after 200 steps, of 1e-4 and 3e-4.
 DISTILL = "--objective distill --states pooled --decoder-layers 0 --pairs --max-length 64 --batch-size 64 --lr 3e-4".split()
+# About two hours on two cores without bf16.
+ELECTRA = "--blocks 2,2,2 --d-model 192 --vocab 8192 --max-length 64 --batch-size 64".split()
 RECIPES = {
-    "minilm": Recipe({name: [*DISTILL, "--blocks", name] for name in ("2,2,2", "4,2")}, 1_500, 5e-5),
-    "electra": Recipe({"electra": ["--blocks", "2,2,2", "--d-model", "256", "--vocab", "8192"]}, 4_000, 1e-4),
+    "minilm": Recipe(
+        {name: [*DISTILL, "--blocks", name] for name in ("2,2,2", "4,2")}, 1_500, 5e-5, ("cola", "stsb", "rte", "mrpc", "sst2")
+    ),
+    "electra": Recipe({"electra": ELECTRA}, 4_000, 1e-4),
+    TINY: Recipe({TINY: None}, 2_000, LEARNING_RATES[TINY]),
 }
 
 
@@ -96,16 +105,52 @@ def pretrain(name: str, arguments: list[str], steps: int, out: Path) -> None:
     subprocess.run(command, check=True, env=environment(1))
 
 
+def pretrain_model(model: str, arguments: list[str], steps: int, options: argparse.Namespace) -> None:
+    """Pretrains a model of a recipe, writes its weights in pieces, and writes the network before pretraining if needed."""
+    name = model_name(model)
+    arguments = ["--corpus", *options.corpus, *options.arguments.split(), *arguments]
+    if options.teacher:
+        arguments += ["--teacher", options.teacher]
+    if BEFORE in options.stages:
+        pretrain(f"{name}_before", [*arguments, "--lr", "1e-30"], 1, options.out)
+    pretrain(name, arguments, steps, options.out)
+    write_pieces(options.out / name / "last", options.out / f"{name}.safetensors")
+    if options.plot:
+        plot(options.out / name, options.plot)
+
+
 def fine_tune(run: Run, options: argparse.Namespace) -> Result:
     """Runs train.py on a model."""
     recipe, name = RECIPES[run.recipe], model_name(run.model)
     epochs = 1.0 if run.task == "sst2" else recipe.epochs
-    weights = options.out / (name if run.stage == AFTER else f"{name}_before")
+    weights = options.out / (name if run.stage == AFTER else f"{name}_before") if recipe.models[run.model] else run.model
     arguments = ["--task", run.task, "--data", str(options.data), "--weights", str(weights), "--seed", str(run.seed)]
     arguments += ["--epochs", str(epochs), "--lr", str(recipe.lr), "--eval-every", "1000000"]  # only after the last step
     scores = train(arguments, options.out / f"{name}_{run.stage}_{run.task}_{run.seed}", options.jobs)
     metrics = [metric for metric in get_task(run.task).metrics if metric not in LOWER_IS_BETTER]
     return Result(*run, {metric: scores[metric] for metric in metrics})
+
+
+def plot(run: Path, path: Path) -> None:
+    """Draws the losses of ELECTRA's generator and discriminator.
+
+    Args:
+        run: folder of the run.
+        path: of the image.
+    """
+    import matplotlib.pyplot as plt
+
+    log = read_results(run / "metrics.jsonl")
+    figure, columns = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axes, model in zip(columns, ("generator", "discriminator"), strict=True):
+        for split, style in (("train", "-"), ("dev", "o")):
+            lines = [line for line in log if line["split"] == split]
+            label = {"train": "training", "dev": "held-out text"}[split]
+            axes.plot([line["step"] for line in lines], [line[f"{model}_loss"] for line in lines], style, ms=4, label=label)
+        axes.set(xlabel="step", ylabel=f"loss of the {model}")
+        axes.grid(alpha=0.3)
+    columns[0].legend()
+    figure.savefig(path, dpi=110)
 
 
 def model_name(model: str) -> str:
@@ -159,10 +204,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/RECIPE)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="fine-tuning runs at a time (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, help="image of ELECTRA's losses to write (needs the extra plot)")
     parser.add_argument("--report", action="store_true", help="print the stored results and start no run")
     options = parser.parse_args()
-    if not options.report and None in (options.recipe, options.corpus, options.data):
-        parser.error("--recipe, --corpus and --data are required, except with --report")
+    if not options.report and None in (options.recipe, options.data):
+        parser.error("--recipe and --data are required, except with --report")
+    if options.recipe not in (None, TINY) and not options.corpus:
+        parser.error(f"--corpus is required for the recipe {options.recipe}")
     options.out = options.out or Path("runs") / str(options.recipe)
     return options
 
@@ -173,21 +221,16 @@ def main() -> None:
     if not options.report:
         recipe = RECIPES[options.recipe]
         steps = options.steps or recipe.steps
-        common = ["--corpus", *options.corpus, *(["--teacher", options.teacher] if options.teacher else [])]
-        common += options.arguments.split()
         for model, arguments in recipe.models.items():
-            if BEFORE in options.stages:
-                untrained = [*common, *arguments, "--lr", "1e-30"]  # the network before pretraining
-                pretrain(f"{model_name(model)}_before", untrained, 1, options.out)
-            pretrain(model_name(model), [*common, *arguments], steps, options.out)
-            write_pieces(options.out / model_name(model) / "last", options.out / f"{model_name(model)}.safetensors")
+            if arguments:
+                pretrain_model(model, arguments, steps, options)
         requested = [
             Run(options.recipe, model, stage, steps, task, seed)
             for seed in options.seeds
             for task in options.tasks or recipe.tasks
             for model in recipe.models
             for stage in options.stages
-            if task != "sst2" or seed == options.seeds[0]
+            if (task != "sst2" or seed == options.seeds[0]) and (stage == AFTER or recipe.models[model])
         ]
         done = {Run(*result[:6]) for result in results}
         missing = [run for run in requested if run not in done]

@@ -38,7 +38,7 @@ from funnel.io import (
     write_checksums,
     write_json,
 )
-from funnel.model.checkpoint import CONFIG, TOKENIZER, Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from funnel.model.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from funnel.model.heads import MODELS
 from funnel.options import RANDOM, option_types
 from funnel.problems.error_analysis import EVALUATION_FILE
@@ -208,8 +208,8 @@ class RunDir:
         folders = folder_versions(self.folder / "last")
         for number, folder in enumerate(folders, 1):
             try:
-                checkpoint = load_checkpoint(folder)  # verifies the weights' checksum
-                verify_checksums(folder, [CONFIG, TOKENIZER, STATE])
+                verify_checksums(folder)
+                checkpoint = load_checkpoint(folder)
                 return checkpoint, FunnelTokenizer.load(folder), _read_state(folder / STATE), folder
             except FunnelError as error:
                 if number == len(folders):

@@ -11,7 +11,7 @@ from conftest import ROOT, tiny_config
 
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError
-from funnel.io import atomic_folder, folder_versions
+from funnel.io import atomic_folder, folder_versions, write_checksums
 from funnel.model.heads import FunnelForSequenceClassification
 from funnel.problems.classification import Classification
 from funnel.training.distributed import Distributed
@@ -291,7 +291,8 @@ def test_unrelated_folders_with_numbers_are_never_touched(tmp_path):
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == files
 
 
-FILES = ("model.safetensors", "training_state.pt", "config.json", "tokenizer.json", "checksums.json")
+GENERATOR = "generator/model.safetensors"  # a further model, as of ELECTRA
+FILES = (GENERATOR, "model.safetensors", "training_state.pt", "config.json", "tokenizer.json", "checksums.json")
 
 
 def damage_file(path, damage):
@@ -307,6 +308,10 @@ def damage_file(path, damage):
 @pytest.mark.parametrize("damage", ["bit flipped", "truncated", "empty", "missing"])
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(name, damage, tmp_path, components, capsys):
     run = save_steps(RunDir(tmp_path, 3), components, 1, 2)
+    if name == GENERATOR:
+        (tmp_path / "last" / name).parent.mkdir()
+        (tmp_path / "last" / name).write_bytes(b"weights")
+        write_checksums(tmp_path / "last")
     damage_file(tmp_path / "last" / name, damage)
     if (name, damage) == ("checksums.json", "missing"):  # the other files are intact
         assert run.load_last()[2].step == 2
