@@ -12,6 +12,7 @@ them with cat). The recipe tiny only fine-tunes the package's model, which bench
 """
 
 import argparse
+import importlib.util
 import math
 import subprocess
 import sys
@@ -55,7 +56,7 @@ class Recipe:
 
 # Texts of GLUE are short. The learning rate was chosen by the training loss after 200 steps, of 1e-4 and 3e-4.
 DISTILL = "--objective distill --states pooled --decoder-layers 0 --pairs --max-length 64 --batch-size 64 --lr 3e-4".split()
-# About two hours on two cores without bf16.
+# Chosen for an hour or two on two cores.
 ELECTRA = "--blocks 2,2,2 --d-model 192 --vocab 8192 --max-length 64 --batch-size 64".split()
 RECIPES = {
     "minilm": Recipe(
@@ -96,9 +97,9 @@ class Result(NamedTuple):
 
 
 def pretrain(name: str, arguments: list[str], steps: int, out: Path) -> None:
-    """Runs pretrain.py in a separate process; resumes a run that has a checkpoint."""
+    """Runs pretrain.py in a separate process, or resumes it."""
     folder = out / name
-    if (folder / "last").exists():
+    if (folder / "run.json").exists():
         arguments = ["--resume"]
     command = [sys.executable, str(ROOT / "pretrain.py"), *arguments, "--steps", str(steps), "--out", str(folder)]
     print("+ " + " ".join(command[1:]), file=sys.stderr, flush=True)
@@ -209,8 +210,12 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if not options.report and None in (options.recipe, options.data):
         parser.error("--recipe and --data are required, except with --report")
-    if options.recipe not in (None, TINY) and not options.corpus:
+    if not options.report and options.recipe != TINY and not options.corpus:
         parser.error(f"--corpus is required for the recipe {options.recipe}")
+    if not options.report and options.recipe == "minilm" and not options.teacher:
+        parser.error("--teacher is required for the recipe minilm")
+    if options.plot and (options.recipe != "electra" or importlib.util.find_spec("matplotlib") is None):
+        parser.error("--plot is for the recipe electra, and needs the extra plot")
     options.out = options.out or Path("runs") / str(options.recipe)
     return options
 

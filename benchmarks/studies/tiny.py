@@ -53,7 +53,7 @@ def choose_tokens(tokenizer: FunnelTokenizer, counts: np.ndarray, size: int) -> 
     kept = set(tokenizer.ids.values()) | {i for token, i in vocabulary.items() if token.removeprefix("##") in characters}
     unused = {token_id for token, token_id in vocabulary.items() if token.startswith("[unused")}
     for token_id in np.argsort(-counts, kind="stable"):  # of equally frequent ones, those that BERT lists first
-        if len(kept) == size:
+        if len(kept) >= size:
             break
         if token_id not in unused:
             kept.add(int(token_id))
@@ -90,7 +90,7 @@ def distill(args: argparse.Namespace) -> Path:
     """Runs pretrain.py, or resumes it; returns the run's folder."""
     run = args.out / "run"
     arguments = ["--resume"]
-    if not (run / "last").exists():
+    if not (run / "run.json").exists():
         arguments = [*RECIPE.split(), "--steps", str(args.steps), "--corpus", str(args.corpus)]
         arguments += ["--teacher", args.teacher, "--weights", str(args.out / "pruned")]
     command = [sys.executable, str(ROOT / "pretrain.py"), *arguments, "--out", str(run)]

@@ -26,7 +26,7 @@ HELD_OUT_SHARE = 0.01  # of the documents
 MAX_HELD_OUT = 1000  # documents, and sequences that are evaluated
 EVALUATION_BATCH_SIZE = 64
 SPLIT_SEED, EVALUATION_SEED = 0, 0
-RANDOM_STREAM = 1  # keeps the random numbers of a step apart from those of `epoch_batches`
+RANDOM_STREAM = 1  # separates a step's random stream from that of `epoch_batches`
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,7 +82,7 @@ class ModelArgs(WeightsArgs):
         if self.source is not None:
             self.reject(("tokenizer", "vocab", "d_model", "n_head", "d_inner"), f"with the weights of {self.source}")
         else:
-            self.reject(("init", "keep", "layout_plan", "escape_special_tokens"), "on a new model")
+            self.reject(("init", "keep", "layout_plan"), "on a new model")
         if self.tokenizer is not None or self.teacher is not None:
             self.reject(("vocab",), "with an existing tokenizer")
         if self.d_model is not None and self.d_model % 2:
@@ -148,6 +148,8 @@ def _new_model(args: ModelArgs, train_tokenizer: Callable[[int], FunnelTokenizer
         tokenizer = teacher.require_tokenizer()
     else:
         tokenizer = train_tokenizer(args.vocab or DEFAULT_VOCAB)
+    if args.escape_special_tokens:
+        tokenizer = tokenizer.escape_special_tokens()
     if "mask" not in tokenizer.ids and args.objective != "distill":
         raise FunnelError(f"tokenizer {tokenizer.source}: no mask token, which {args.objective} needs", "tokenizer")
     d_model = args.d_model or FunnelConfig.d_model
@@ -248,7 +250,7 @@ def load_teacher(name: str) -> Source:
     try:
         return open_source(resolve(name)).load()
     except FunnelError as error:
-        raise FunnelError(str(error).replace("weights", "teacher", 1), "teacher") from None
+        raise FunnelError(f"teacher: {error}", "teacher") from None
 
 
 def _check_length(config: FunnelConfig, max_length: int, what: str) -> None:

@@ -110,7 +110,7 @@ def generator_config(config: FunnelConfig) -> FunnelConfig:
     """The config of a discriminator's generator: the same blocks, a quarter of the width and of the heads.
 
     Its embeddings have the discriminator's width, and are projected if that is not the generator's. Heads keep their size.
-    (Both published codes take a quarter of the width; ELECTRA a third for its base model.)
+    (Both published implementations use a quarter of the width; ELECTRA-base uses a third.)
     """
     width = config.embedding_size or config.d_model
     d_model = max(2, config.d_model // (2 * WIDTH_RATIO) * 2)  # even

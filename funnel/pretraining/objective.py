@@ -16,7 +16,7 @@ class Objective(nn.Module):
     Called with the inputs and labels of a batch from `funnel.pretraining.batches`, as in
     `objective(**batch.inputs, labels=batch.labels)`:
 
-        input_ids, attention_mask, token_type_ids: [b, l], as for a model; the texts without any masks.
+        input_ids, attention_mask, token_type_ids: [b, l], as for a model; the unmasked texts.
         token_weights: [b, l], float32: number of ranks / number of real tokens of the global batch, at all real tokens,
             including [CLS] and [SEP]; 0 at padding. A weighted sum over tokens, added over micro-batches and averaged over
             ranks, is therefore the mean over the global batch.
