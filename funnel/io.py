@@ -19,6 +19,7 @@ from typing import Any
 from funnel.errors import FunnelError, error_reason
 
 CHECKSUMS = "checksums.json"
+RUN_FILE, LOG_FILE = "run.json", "metrics.jsonl"  # of a run folder: its settings and arguments, and its log
 
 
 @contextlib.contextmanager
@@ -192,6 +193,11 @@ def sha256(path: Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def json_digest(values: Any) -> str:
+    """The SHA-256 of values as JSON."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def write_checksums(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from funnel.data.tasks import CUSTOM
 from funnel.errors import FunnelError, error_reason, plural
-from funnel.io import os_errors, read_json
+from funnel.io import LOG_FILE, RUN_FILE, os_errors, read_json
 from funnel.model.checkpoint import best_checkpoint, load_config
 from funnel.model.config import FunnelConfig
 from funnel.model.flops import ModuleCost, count_parameters, module_costs, total_flops
@@ -204,7 +204,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     """
     folders = []
     for path in paths:
-        found = [path] if (path / "run.json").is_file() else sorted(record.parent for record in path.glob("*/run.json"))
+        found = [path] if (path / RUN_FILE).is_file() else sorted(record.parent for record in path.glob(f"*/{RUN_FILE}"))
         if not found:
             raise FunnelError(f"{path}: contains no run (expected a run.json in it or in one of its subfolders)")
         folders += found
@@ -217,11 +217,11 @@ def read_run(folder: Path) -> Run:
     Raises:
         FunnelError: a file is missing or damaged, or the run has no evaluation yet.
     """
-    record, best = read_json(folder / "run.json"), best_checkpoint(folder)
+    record, best = read_json(folder / RUN_FILE), best_checkpoint(folder)
     if "objective" in (record.get("arguments") or {}):
         raise FunnelError(f"{folder}: a pretraining run; reports are about fine-tuning runs. Its losses are in metrics.jsonl")
-    with os_errors(folder / "metrics.jsonl"):
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    with os_errors(folder / LOG_FILE):
+        lines = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     log = [line for line in map(_parse_log_line, lines) if line]
     if not any(line["split"] == "dev" for line in log):
         raise FunnelError(f"{folder}: no evaluation yet; wait for the run's first one")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from funnel.cli.common import ArgumentParser, add_overwrite, check_output, files_of_run
 from funnel.errors import FunnelError
+from funnel.io import RUN_FILE
 
 
 def add_card(subparsers: "argparse._SubParsersAction[ArgumentParser]") -> None:
@@ -31,7 +32,7 @@ def write_card(args: argparse.Namespace) -> None:
     from funnel.analysis.runs import read_run
     from funnel.io import atomic_write
 
-    if not (args.run / "run.json").is_file():
+    if not (args.run / RUN_FILE).is_file():
         raise FunnelError(f"{args.run}: not a run; expected a folder with a run.json")
     out = args.out or args.run / "README.md"
     check_output(out, "out", files_of_run(args.run), args.overwrite)

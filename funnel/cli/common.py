@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import funnel.threads  # noqa: F401  (sets OpenMP's environment variables before a command imports torch)
 from funnel.errors import FunnelError, StoppedBySignal, exit_silently
+from funnel.io import LOG_FILE, RUN_FILE
 from funnel.options import option_types
 
 Options = TypeVar("Options")
@@ -109,8 +110,8 @@ def check_output(path: Path, parameter: str, inputs: Sequence[Path] = (), overwr
 def files_of_run(folder: Path) -> list[Path]:
     """The files of a run or checkpoint folder that no output may replace."""
     names = (
-        "run.json",
-        "metrics.jsonl",
+        RUN_FILE,
+        LOG_FILE,
         "layout_plan.json",
         "config.json",
         "tokenizer.json",

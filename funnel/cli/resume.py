@@ -8,6 +8,7 @@ from typing import Any
 from funnel.cli.common import flag
 from funnel.data.tasks import get_task
 from funnel.errors import FunnelError
+from funnel.io import RUN_FILE
 from funnel.model.config import parse_blocks
 from funnel.training.run_dir import MAY_CHANGE, read_arguments
 
@@ -23,7 +24,7 @@ def resumed_arguments(options: type, given: Mapping[str, Any]) -> dict[str, Any]
         FunnelError: there is no run, or a given argument differs from the run's and is not in `MAY_CHANGE`.
     """
     folder = given["out"]
-    if os.environ.get("RANK", "0") != "0" and not (Path(folder) / "run.json").is_file():
+    if os.environ.get("RANK", "0") != "0" and not (Path(folder) / RUN_FILE).is_file():
         return dict(given)  # a rank on another machine, which gets its arguments from rank 0
     stored = read_arguments(folder, options)
     for name, value in given.items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from funnel.cli.classifier import add_classifier_arguments, load_classifier
 from funnel.cli.common import ArgumentParser, add_overwrite, check_output
 from funnel.errors import FunnelError
+from funnel.io import RUN_FILE
 
 if TYPE_CHECKING:
     from funnel.data.tasks import Task
@@ -55,7 +56,7 @@ def trained_task(run: Path) -> "Task":
         FunnelError: the folder is not a run, or its task has no unlabeled test files.
     """
     from funnel.data.tasks import TASKS
-    from funnel.inference.predictor import RUN_FILE, run_record
+    from funnel.inference.predictor import run_record
 
     name = run_record(run).get("task")
     if not isinstance(name, str):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from funnel.cli.common import ArgumentParser, parse_options
 from funnel.errors import FunnelError, StoppedBySignal, format_list, plural
+from funnel.io import RUN_FILE
 
 SET_BY_SWEEP = ("--seed", "--fold", "--resume", "--out", "--lr", "--blocks")
 NEW, STARTED, FINISHED = "new", "started", "finished"  # states of a run
@@ -216,7 +217,7 @@ def run_state(run: PlannedRun, script: Path) -> str:
     from funnel.analysis.runs import read_run
     from funnel.io import read_json
 
-    record = run.folder / "run.json"
+    record = run.folder / RUN_FILE
     if not record.is_file():
         return NEW
     command = shlex.split(str(read_json(record).get("command", "")))

@@ -7,7 +7,6 @@ with one JSON object each: `article`, and for each of its `questions` a list of 
 The two texts of a row are the context, and the question with one of the choices; see `join_choice`.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from funnel.data.files import is_utf8
 from funnel.data.formats import DIALECTS, ROW_NAMES, check_file, file_format, read_column_names, read_object, read_objects
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError, format_list, plural
-from funnel.io import os_errors, sha256
+from funnel.io import json_digest, os_errors, sha256
 
 FIELDS = ("question", "choices")  # required; also `context` and `label`
 RACE_FIELDS = ("article", "questions", "options")  # also `answers`
@@ -89,7 +88,7 @@ class InMemoryQuestions:
 
     def digest(self) -> str:
         """A checksum of the questions."""
-        return hashlib.sha256(json.dumps(self.examples).encode()).hexdigest()
+        return json_digest(self.examples)
 
     def error(self, line: int | str, message: str) -> FunnelError:
         """An error located at a question."""
@@ -151,7 +150,7 @@ class ChoiceFile:
         """A checksum of the content and of the options for reading it."""
         paths = self._folder_files() if os.path.isdir(self.path) else [self.path]
         parts = [(os.path.relpath(path, self.path), sha256(path)) for path in paths]
-        return hashlib.sha256(json.dumps(["choices", self.labeled, parts]).encode()).hexdigest()
+        return json_digest(["choices", self.labeled, parts])
 
     def _read_file(self) -> Iterator[ChoiceExample]:
         check_file(self.path, "data")

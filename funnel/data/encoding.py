@@ -8,9 +8,7 @@ An encoder turns examples into rows of token ids: `TextEncoder` for texts and pa
 their own.
 """
 
-import hashlib
 import itertools
-import json
 import math
 import shutil
 import weakref
@@ -27,7 +25,7 @@ from funnel.data.dataset import Dataset, Rows, Truncation
 from funnel.data.files import Example, Source, normalize_label, parse_score
 from funnel.data.tokenizer import Encoding, FunnelTokenizer
 from funnel.errors import FunnelError, format_list
-from funnel.io import cache_dir, read_json, write_cache_entry, write_json
+from funnel.io import cache_dir, json_digest, read_json, write_cache_entry, write_json
 
 CHUNK_SIZE = 1024  # examples per call of the tokenizer, which processes them in parallel
 CACHE_VERSION = 4
@@ -184,7 +182,7 @@ def encode_examples(source: Source, encoder: Encoder, tokenizer: FunnelTokenizer
     """
     digest = source.digest()
     key = [CACHE_VERSION, digest, tokenizer.tokenizer.to_str(), max_length, encoder.settings()]
-    folder = cache_dir() / "encoded" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    folder = cache_dir() / "encoded" / json_digest(key)[:32]
     try:
         return replace(_open(folder, tokenizer.pad_id, digest), source=source)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):  # missing or damaged

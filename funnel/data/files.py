@@ -10,7 +10,6 @@ No row is skipped or repaired silently:
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,7 @@ from funnel.data.formats import (
     read_table,
 )
 from funnel.errors import FunnelError, format_list, plural
-from funnel.io import os_errors, sha256
+from funnel.io import json_digest, os_errors, sha256
 
 MAX_SCORE = 3.4028234663852886e38  # the largest finite float32
 Column = str | int
@@ -119,7 +118,7 @@ class InMemoryExamples(NamedTuple):
 
     def digest(self) -> str:
         """A checksum of the examples."""
-        return hashlib.sha256(json.dumps(self).encode()).hexdigest()
+        return json_digest(self)
 
     def error(self, line: int | str, message: str) -> FunnelError:
         """An error located at an example."""
@@ -238,7 +237,7 @@ class ExampleFile:
             parts = [sha256(self.path)]
         else:
             parts = [part for label, path in self._folder_files() for part in (label, path.name, sha256(path))]
-        return hashlib.sha256(json.dumps([options, parts]).encode()).hexdigest()
+        return json_digest([options, parts])
 
     def _read_fields(self) -> Iterator[tuple[int, list[str]]]:
         """Yields the number and the selected columns of each row."""

@@ -9,7 +9,6 @@ in characters (Unicode code points), is an error. Titles and other fields are op
 """
 
 import codecs
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 from funnel.data.files import is_utf8
 from funnel.data.formats import READ_ERRORS, open_file, read_lines
 from funnel.errors import FunnelError, error_reason, format_list, plural
-from funnel.io import sha256
+from funnel.io import json_digest, sha256
 
 SUFFIXES = (".json", ".json.gz", ".json.xz")
 MAX_LINE_BYTES = 2**31  # such files often have a single line
@@ -75,7 +74,7 @@ class InMemoryQuestions(NamedTuple):
 
     def digest(self) -> str:
         """A checksum of the questions."""
-        return hashlib.sha256(json.dumps(self).encode()).hexdigest()
+        return json_digest(self)
 
     def error(self, line: int | str, message: str) -> FunnelError:
         """An error located at a question."""
@@ -115,7 +114,7 @@ class SquadFile:
 
     def digest(self) -> str:
         """A checksum of the file's content and of the options for reading it."""
-        return hashlib.sha256(json.dumps(["squad", self.labeled, sha256(self.path)]).encode()).hexdigest()
+        return json_digest(["squad", self.labeled, sha256(self.path)])
 
     def error(self, line: int | str, message: str) -> FunnelError:
         """An error located at a place in the file, such as "question 56be4db0acb8001400a502ec"."""

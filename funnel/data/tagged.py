@@ -10,7 +10,6 @@ A byte-order mark, CRLF line endings and repeated blank lines are accepted. Ever
 bytes that are not UTF-8, NUL bytes, rows with another number of columns than the first one, empty words and tags.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 from funnel.data.files import Column, is_utf8
 from funnel.data.formats import OLD_MAC_LINE_ENDINGS, ROW_NAMES, file_format, read_lines, read_objects
 from funnel.errors import FunnelError, format_list, plural
-from funnel.io import sha256
+from funnel.io import json_digest, sha256
 
 DOCUMENT_START = "-DOCSTART-"
 WORDS, TAGS = "tokens", "tags"  # names of the fields in jsonl, json and parquet files
@@ -115,7 +114,7 @@ class TaggedFile:
     def digest(self) -> str:
         """A checksum of the content and of the options for reading it."""
         options = [*self.columns, self.has_columns, file_format(self.path), sha256(self.path)]
-        return hashlib.sha256(json.dumps(options).encode()).hexdigest()
+        return json_digest(options)
 
     def error(self, line: int | str, message: str, parameter: str | None = None) -> FunnelError:
         """An error located at a line; `parameter` as in `FunnelError`."""
@@ -210,7 +209,7 @@ class InMemorySentences(NamedTuple):
 
     def digest(self) -> str:
         """A checksum of the sentences."""
-        return hashlib.sha256(json.dumps(list(self.sentences)).encode()).hexdigest()
+        return json_digest(list(self.sentences))
 
     def error(self, line: int | str, message: str) -> FunnelError:
         """An error located at a sentence."""

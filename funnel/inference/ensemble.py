@@ -13,7 +13,7 @@ from funnel.data.dataset import Dataset
 from funnel.data.files import ExampleFile
 from funnel.errors import FunnelError, format_list
 from funnel.inference.classifier import Classifier
-from funnel.inference.predictor import RUN_FILE
+from funnel.io import RUN_FILE
 from funnel.problems.multi_label import MultiLabel
 from funnel.training.evaluate import WHOLE_SET, Pass
 

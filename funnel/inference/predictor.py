@@ -12,7 +12,7 @@ from tqdm import tqdm
 from funnel.data.dataset import Dataset
 from funnel.data.tokenizer import DEFAULT_MAX_LENGTH, FunnelTokenizer
 from funnel.errors import FunnelError, format_list, plural
-from funnel.io import read_json
+from funnel.io import RUN_FILE, read_json
 from funnel.model.checkpoint import CONFIG, best_checkpoint, load_checkpoint, load_weights, parse_config, read_architecture
 from funnel.model.config import FunnelConfig
 from funnel.model.heads import FunnelPreTrainedModel
@@ -20,7 +20,6 @@ from funnel.problems.registry import problem_of
 from funnel.training.device import autocast, choose_device, choose_dtype
 from funnel.training.evaluate import BATCH_SIZE, WHOLE_SET, Pass, check_finite, predict
 
-RUN_FILE = "run.json"
 AnyPredictor = TypeVar("AnyPredictor", bound="Predictor")
 
 

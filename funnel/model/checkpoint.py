@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from funnel.errors import FunnelError, error_reason, format_list
-from funnel.io import atomic_folder, existing_folder, read_json, verify_checksums, write_json
+from funnel.io import RUN_FILE, atomic_folder, existing_folder, read_json, verify_checksums, write_json
 from funnel.model.config import FORMAT, FunnelConfig
 from funnel.model.quantization import dequantize
 
@@ -56,9 +56,9 @@ def best_checkpoint(folder: Path) -> Path:
     Raises:
         FunnelError: the run has no such checkpoint yet.
     """
-    if not (folder / "run.json").is_file():
+    if not (folder / RUN_FILE).is_file():
         return folder
-    arguments = read_json(folder / "run.json").get("arguments")
+    arguments = read_json(folder / RUN_FILE).get("arguments")
     name = "last" if isinstance(arguments, dict) and "objective" in arguments else "best"
     try:
         return existing_folder(folder / name)

@@ -6,9 +6,7 @@ the same. Encoding takes the same memory for a corpus of any size; training need
 """
 
 import contextlib
-import hashlib
 import itertools
-import json
 import os
 import shutil
 import warnings
@@ -26,7 +24,7 @@ from funnel.data.files import is_utf8
 from funnel.data.formats import read_lines, read_objects
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError, format_list
-from funnel.io import cache_dir, read_json, sha256, write_cache_entry, write_json
+from funnel.io import cache_dir, json_digest, read_json, sha256, write_cache_entry, write_json
 
 CORPUS_VERSION = 1
 CHUNK_DOCUMENTS = 1024  # per call of the tokenizer, which encodes them in parallel
@@ -168,7 +166,7 @@ def train_tokenizer(files: Sequence[Path], text_column: str, vocab_size: int) ->
     for path in files:
         check_corpus_file(path)
     key = [CORPUS_VERSION, corpus_digest(files, text_column), vocab_size]
-    folder = cache_dir() / "vocabularies" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    folder = cache_dir() / "vocabularies" / json_digest(key)[:32]
     with contextlib.suppress(FunnelError, OSError):  # missing or damaged
         return FunnelTokenizer.load(folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -194,7 +192,7 @@ def corpus_digest(files: Sequence[Path], text_column: str) -> str:
         raise FunnelError("corpus: two files have the same content; name each file once", "corpus")
     formats = [(_is_jsonl(path) and text_column, path.suffix.lower() in COMPRESSED) for path in files]
     parts = [(*how, checksum) for how, checksum in zip(formats, checksums, strict=True)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return json_digest(parts)
 
 
 def read_corpus(files: Sequence[Path], text_column: str) -> Iterator[str]:
@@ -265,7 +263,7 @@ class _Job:
     def cache_key(self, digest: str) -> str:
         """The name of the cache entry."""
         key = [CORPUS_VERSION, digest, self.tokenizer.tokenizer.to_str()]
-        return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+        return json_digest(key)[:32]
 
     def write(self, folder: Path) -> None:
         """Encodes the documents chunk by chunk into the files of a folder."""

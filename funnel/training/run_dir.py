@@ -30,6 +30,8 @@ from funnel.data.tasks import CUSTOM, Task
 from funnel.data.tokenizer import FunnelTokenizer
 from funnel.errors import FunnelError, error_reason, plural
 from funnel.io import (
+    LOG_FILE,
+    RUN_FILE,
     atomic_write,
     folder_versions,
     os_errors,
@@ -157,7 +159,7 @@ class RunDir:
                     record["settings"].update({duration: getattr(args, duration), "steps": derived["steps"]})
                     record["arguments"][duration] = getattr(args, duration)
                     record["settings"].pop("stopped_at", None)
-                    write_json(self.folder / "run.json", record)
+                    write_json(self.folder / RUN_FILE, record)
                 kept, repeated = self.truncate_log(state)
                 self.trackers += open_trackers(args, TrackedRun(self.folder, self.settings, kept, repeated))
                 return self.folder
@@ -168,7 +170,7 @@ class RunDir:
             arguments = absolute_paths(args)
             arguments |= {name: v for name, v in derived.items() if name in ("task", "blocks", "dtype") and v != CUSTOM}
             record = {"version": VERSION, "command": command, "settings": self.settings, "arguments": arguments}
-            write_json(folder / "run.json", record)
+            write_json(folder / RUN_FILE, record)
             self.trackers += open_trackers(args, TrackedRun(folder, self.settings))
             return folder
 
@@ -246,9 +248,9 @@ class RunDir:
             self._saved = (state.step, state.evaluated_step)
         if self.is_main and state.is_finished:
             if state.stopped_early:
-                record = read_json(self.folder / "run.json")
+                record = read_json(self.folder / RUN_FILE)
                 record["settings"]["stopped_at"] = state.step
-                write_json(self.folder / "run.json", record)
+                write_json(self.folder / RUN_FILE, record)
             for older in folder_versions(self.folder / "last")[1:]:
                 shutil.rmtree(older, ignore_errors=True)
 
@@ -289,7 +291,7 @@ class RunDir:
         if not self.is_main:
             return
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / LOG_FILE
         with os_errors(path, "write"), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         log_to(self.trackers, values)
@@ -308,7 +310,7 @@ class RunDir:
         Returns:
             The lines that were kept, and those that were dropped.
         """
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / LOG_FILE
         if not path.is_file():
             return [], []
         with os_errors(path):
@@ -342,7 +344,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         FunnelError: there is none, it is damaged, or it was written by another version.
     """
-    path = folder / "run.json"
+    path = folder / RUN_FILE
     with os_errors(path):
         exists = path.exists()
     if not exists:
