@@ -6,6 +6,7 @@ import torch
 from conftest import tiny_config
 
 from funnel.data.tokenizer import FunnelTokenizer
+from funnel.errors import FunnelError
 from funnel.model.heads import FunnelModel
 from funnel.pretraining.build import ModelArgs, build_model, principal_components
 
@@ -57,3 +58,23 @@ def test_a_student_in_another_layout_keeps_the_teachers_layers(teacher):
                         [built.model.encoder.layers(0)[0], built.model.encoder.layers(1)[0]], strict=True):  # fmt: skip
         assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
     assert built.model.config.num_decoder_layers == 2
+
+
+def test_a_new_model_can_treat_the_names_of_special_tokens_as_text(teacher):
+    def encode(escape):
+        args = ModelArgs(objective="mlm", tokenizer=teacher, d_model=8, blocks="1,1", escape_special_tokens=escape)
+        tokenizer = build_model(args, pytest.fail).tokenizer
+        return tokenizer.encode_plain(["the <sep> cat"])[0], tokenizer.ids["sep"]
+
+    ids, sep = encode(False)
+    assert sep in ids
+    ids, sep = encode(True)
+    assert sep not in ids
+
+
+def test_an_error_about_the_teacher_names_its_folder(teacher):
+    (teacher / "model.safetensors").unlink()
+    args = ModelArgs(objective="distill", teacher=str(teacher), d_model=8)
+    with pytest.raises(FunnelError, match=f"^teacher: {teacher}: no weights found") as error:
+        build_model(args, pytest.fail)
+    assert error.value.parameter == "teacher"
