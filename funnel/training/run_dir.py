@@ -40,7 +40,7 @@ from funnel.io import (
     write_checksums,
     write_json,
 )
-from funnel.model.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from funnel.model.checkpoint import WEIGHTS, Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from funnel.model.heads import MODELS
 from funnel.options import RANDOM, option_types
 from funnel.problems.error_analysis import EVALUATION_FILE
@@ -210,8 +210,8 @@ class RunDir:
         folders = folder_versions(self.folder / "last")
         for number, folder in enumerate(folders, 1):
             try:
-                verify_checksums(folder)
-                checkpoint = load_checkpoint(folder)
+                checkpoint = load_checkpoint(folder)  # verifies the weights' checksum
+                verify_checksums(folder, skip=WEIGHTS)
                 return checkpoint, FunnelTokenizer.load(folder), _read_state(folder / STATE), folder
             except FunnelError as error:
                 if number == len(folders):
